@@ -4,6 +4,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 # Tokens that a tower puts before its patch tokens (CLS), by the tower's `model_type`.
 TOWER_PREFIX_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1}
+# LLaVA-1.5 pads Llama's 32,000 rows so that the placeholder fits.
+DEFAULT_TEXT = {"model_type": "llama", "vocab_size": 32064}
 
 
 class BackdropConfig(PreTrainedConfig):
@@ -44,7 +46,7 @@ class BackdropConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.vision_config = _sub_config(self.vision_config, "vision_config", "clip_vision_model")
-        self.text_config = _sub_config(self.text_config, "text_config", "llama")
+        self.text_config = _sub_config(self.text_config or DEFAULT_TEXT, "text_config", "llama")
         # LLaVA's configurations keep this switch in the text part.
         if self.text_config.tie_word_embeddings:
             self.tie_word_embeddings = True

@@ -81,6 +81,8 @@ class BackdropPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
+    # Buffers that checkpoints of older transformers versions carry.
+    _keys_to_ignore_on_load_unexpected = [r"position_ids$", r"rotary_emb\.inv_freq$"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -115,6 +117,13 @@ class BackdropPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+        """As transformers', always under our own names: a model that was converted in this process would otherwise be
+        written in LLaVA's layout, which does not load again."""
+        return super().save_pretrained(
+            save_directory, *args, save_original_format=save_original_format, **kwargs
+        )
+
     def get_input_embeddings(self) -> nn.Module:
         return self.base_model.language_model.get_input_embeddings()
 
@@ -143,7 +152,10 @@ class BackdropPreTrainedModel(PreTrainedModel):
 class BackdropModel(BackdropPreTrainedModel):
     """Tower, projector, prefusion and language model, without the head."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+    _keys_to_ignore_on_load_unexpected = [
+        *BackdropPreTrainedModel._keys_to_ignore_on_load_unexpected,
+        r"^lm_head\.",
+    ]
 
     def __init__(self, config: BackdropConfig):
         super().__init__(config)

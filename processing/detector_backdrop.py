@@ -1,17 +1,20 @@
 """The YOLO detector that tells objects from background, and its weights as safetensors.
 
-Everything that needs ultralytics is reached through `_ultralytics`: the package is optional, slow to load, and
-AGPL-3.0, as are the weights made with it. A checkpoint (a pickle) is read once, by `from_name_or_path`; from
-there on a detector is its architecture (JSON) and its tensors, and is always built from these two.
+Everything that needs ultralytics is reached through `_ultralytics`: the package is optional, slow to load,
+and AGPL-3.0, as are the weights made with it. A checkpoint (a pickle) is read once, by `from_name_or_path`;
+from there on a detector is its architecture (JSON) and its tensors, and is always built from these two.
 """
 
 import contextlib
+import copy
 import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +27,6 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-
 WEIGHTS_NAME = "detector.safetensors"
 DESCRIPTION_NAME = "detector.json"
 
@@ -34,6 +36,7 @@ _MISSING = (
     "An RGB image must be split by a detector, but ultralytics is not installed. "
     "Install it with `pip install ultralytics`, or pass patch groups (RGBA) instead."
 )
+_PLAIN_ACTIVATIONS = {"Identity": torch.nn.Identity, "SiLU": torch.nn.SiLU}
 # What ultralytics writes into the environment while it is imported or a model is made.
 _ENVIRONMENT = (
     "OMP_NUM_THREADS",
@@ -70,8 +73,8 @@ class Detections:
             size: `S`, the side of the image in pixels.
 
         Returns:
-            bool `[S, S]`: the union of the instance masks, or of the boxes (every pixel that a box touches) where
-            the detector has no masks.
+            bool `[S, S]`: the union of the instance masks, or of the boxes (every pixel that a box touches)
+            where the detector has no masks.
 
         Raises:
             ValueError: If the instance masks have another size.
@@ -119,54 +122,54 @@ class ObjectDetector:
 
     def __init__(
         self,
-        architecture: dict,
+        description: dict,
         state: dict[str, torch.Tensor],
         *,
-        task: str,
-        names: dict[int, str],
-        origin: str,
         source: str,
         device: str | torch.device = "cpu",
     ):
         """Builds the model; `from_name_or_path` and `from_folder` call this.
 
         Args:
-            architecture: ultralytics' model description, JSON-serialisable.
+            description: What `detector.json` holds, see `save`.
             state: The weights by name, on the CPU, float32 or float16.
-            task: `"detect"` or `"segment"`.
-            names: Class names by class id.
-            origin: The checkpoint that the weights first came from.
             source: See the class.
             device: Where the model runs; computation is float32 everywhere.
 
         Raises:
-            ValueError: If the weights are not those of this architecture, or the device is not there.
+            ValueError: If the weights are not those of this architecture, the installed ultralytics builds
+                another network from it, or the device is not there.
             ImportError: If ultralytics is not installed.
         """
-        self.names = names
+        self.names = dict(enumerate(description["names"]))
         self.source = source
-        self.task = task
+        self.task = description["task"]
+        self.stride = description["stride"]
         self.device = _resolved_device(device)
-        self._architecture = architecture
+        self._description = description
         self._state = state
-        self._origin = origin
         self._lock = threading.Lock()
         with _undisturbed(self.device):
             libs = _ultralytics()
-            model = _build_model(libs, architecture, state, task, names, source)
-            make_predictor = {"detect": libs.DetectionPredictor, "segment": libs.SegmentationPredictor}[task]
+            model = _build_model(libs, description, state, source)
+            make_predictor = {"detect": libs.DetectionPredictor, "segment": libs.SegmentationPredictor}[
+                self.task
+            ]
             overrides = {
-                "task": task,
+                "task": self.task,
                 "mode": "predict",
                 "device": str(self.device),
                 "rect": False,
                 "save": False,
                 "verbose": False,
+                # A model with two heads uses the one without suppression, which versions choose differently.
+                "nms": False,
+                # Nothing is written there; without it some versions make a folder "runs" where they run.
+                "save_dir": tempfile.gettempdir(),
             }
             self._predictor = make_predictor(overrides=overrides)
             self._predictor.callbacks.clear()  # they send usage statistics over the network
             self._predictor.setup_model(model, verbose=False)
-        self.stride = max(32, int(model.stride.max()))
 
     @classmethod
     def from_name_or_path(cls, name: str, device: str | torch.device = "cpu") -> "ObjectDetector":
@@ -175,13 +178,14 @@ class ObjectDetector:
         A checkpoint is a pickle: only name files that you trust.
 
         Args:
-            name: A checkpoint that ultralytics knows (`"yolov8n.pt"`; it downloads it into the current directory
-                where it is not there yet), or the path of a `.pt` file, or of a `.yaml` model description, which
-                gives random weights.
+            name: A checkpoint that ultralytics knows (`"yolov8n.pt"`; where it is not there yet, ultralytics
+                downloads it into the current directory), or the path of a `.pt` file, or of a `.yaml` model
+                description, which gives random weights.
             device: Where the model runs.
 
         Raises:
-            ValueError: If the name is neither a file nor known, or the file is not a detection or segmentation model.
+            ValueError: If the name is neither a file nor known, or the file is not a detection or
+                segmentation model.
             OSError: If the checkpoint cannot be downloaded.
             ImportError: If ultralytics is not installed.
         """
@@ -191,40 +195,43 @@ class ObjectDetector:
             downloadable = path.name == str(name) and path.name in libs.GITHUB_ASSETS_NAMES
             if path.suffix not in (".pt", ".yaml") or not (path.is_file() or downloadable):
                 raise ValueError(
-                    f"detector {str(name)!r} is neither a file nor a checkpoint that ultralytics knows; wanted the "
-                    "path of a .pt or .yaml file, or a name such as 'yolov8n.pt' or 'yolo26n-seg.pt'"
+                    f"detector {str(name)!r} is neither a file nor a checkpoint that ultralytics knows; "
+                    "wanted the path of a .pt or .yaml file, or a name such as 'yolov8n.pt' or 'yolo26n-seg.pt'"
                 )
             try:
                 # A download draws its progress on stdout, where a command may be printing JSON.
                 with contextlib.redirect_stdout(sys.stderr):
-                    model = libs.YOLO(str(name)).model
+                    model = libs.YOLO(str(name)).model.eval()
             except OSError as error:
-                raise OSError(f"detector {str(name)!r} could not be read or downloaded: {error}") from error
-            except Exception as error:
-                reason = " ".join(str(error).split())
-                raise ValueError(
-                    f"detector {str(name)!r} could not be loaded by ultralytics: {reason}"
+                raise OSError(
+                    f"detector {str(name)!r} could not be read or downloaded: {_one_line(error)}"
                 ) from error
+            except Exception as error:
+                raise ValueError(f"detector {str(name)!r} could not be loaded: {_one_line(error)}") from error
             if type(model) is libs.SegmentationModel:
                 task = "segment"
             elif type(model) is libs.DetectionModel:
                 task = "detect"
             else:
                 raise ValueError(
-                    f"detector {str(name)!r} is a {type(model).__name__}; wanted a YOLO detection or segmentation model"
+                    f"detector {str(name)!r} is a {type(model).__name__}; "
+                    "wanted a YOLO detection or segmentation model"
                 )
-            architecture = {key: value for key, value in model.yaml.items() if key != "yaml_file"}
-            names = dict(enumerate(model.names)) if isinstance(model.names, list) else dict(model.names)
+            names = dict(enumerate(model.names)) if isinstance(model.names, list) else model.names
+            stride = max(32, int(model.stride.max()))
+            description = {
+                "license": _LICENSE,
+                "source": path.name,
+                "ultralytics": libs.version,
+                "task": task,
+                "stride": stride,
+                "names": [str(names[key]) for key in sorted(names)],
+                "architecture": {key: value for key, value in model.yaml.items() if key != "yaml_file"},
+                "activations": _activations(model),
+                "probe": _probe(model, stride),
+            }
             state = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
-        return cls(
-            json.loads(json.dumps(architecture)),
-            _as_stored(state),
-            task=task,
-            names={int(key): str(value) for key, value in sorted(names.items())},
-            origin=path.name,
-            source=path.name,
-            device=device,
-        )
+        return cls(json.loads(json.dumps(description)), _as_stored(state), source=path.name, device=device)
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike, device: str | torch.device = "cpu") -> "ObjectDetector":
@@ -236,44 +243,35 @@ class ObjectDetector:
 
         Raises:
             FileNotFoundError: If one of the two files is not there.
-            ValueError: If one of them is damaged, or they do not belong together.
+            ValueError: If one of them is damaged, they do not belong together, or the installed ultralytics
+                builds another network from the description.
             ImportError: If ultralytics is not installed.
         """
-        weights, description = Path(folder) / WEIGHTS_NAME, Path(folder) / DESCRIPTION_NAME
-        for path in (weights, description):
+        weights_file, description_file = Path(folder) / WEIGHTS_NAME, Path(folder) / DESCRIPTION_NAME
+        for path in (weights_file, description_file):
             if not path.is_file():
                 raise FileNotFoundError(
                     f"{path} is not there; wanted a folder that holds {WEIGHTS_NAME} and {DESCRIPTION_NAME}"
                 )
         try:
-            fields = json.loads(description.read_text(encoding="utf-8"))
-            architecture, task = _checked_architecture(fields["architecture"]), fields["task"]
-            names, stride, origin = dict(enumerate(fields["names"])), fields["stride"], fields["source"]
-        except (ValueError, KeyError, TypeError) as error:
+            description = _checked_description(json.loads(description_file.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{description} is not a detector's description: {type(error).__name__}: {error}"
+                f"{description_file} is not a detector's description: {type(error).__name__}: {error}"
             ) from error
-        if task not in ("detect", "segment"):
-            raise ValueError(f"{description}: task is {task!r}; wanted 'detect' or 'segment'")
         try:
-            state = safetensors.torch.load_file(weights)
+            state = safetensors.torch.load_file(weights_file)
         except SafetensorError as error:
-            raise ValueError(f"{weights} is damaged or not a safetensors file: {error}") from error
-        source = f"{WEIGHTS_NAME} ({origin})"
-        detector = cls(
-            architecture, state, task=task, names=names, origin=origin, source=source, device=device
-        )
-        if detector.stride != stride:
-            raise ValueError(
-                f"{description}: stride is {stride}, but this architecture's stride is {detector.stride}"
-            )
-        return detector
+            raise ValueError(f"{weights_file} is damaged or not a safetensors file: {error}") from error
+        return cls(description, state, source=f"{WEIGHTS_NAME} ({description['source']})", device=device)
 
     def save(self, folder: str | os.PathLike) -> list[str]:
         """Writes `detector.safetensors` and `detector.json`, each in one step.
 
         Weights that are float16 numbers (those of a published checkpoint are) are stored as float16: half the
-        size, and not a bit lost, since float32 is made of them again on loading.
+        size, and not a bit lost, since float32 is made of them again on loading. The description holds the
+        license, the first checkpoint's name, ultralytics' version then, task, stride, class names, the
+        architecture, the activation after every convolution, and a probe that recognises the network.
 
         Args:
             folder: Made where it is not there.
@@ -283,17 +281,9 @@ class ObjectDetector:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        fields = {
-            "license": _LICENSE,
-            "source": self._origin,
-            "task": self.task,
-            "stride": self.stride,
-            "names": [self.names[key] for key in sorted(self.names)],
-            "architecture": self._architecture,
-        }
-        metadata = {"format": "pt", "license": _LICENSE, "source": self._origin}
+        metadata = {"format": "pt", "license": _LICENSE, "source": self._description["source"]}
         _write_atomically(folder / WEIGHTS_NAME, safetensors.torch.save(self._state, metadata))
-        _write_atomically(folder / DESCRIPTION_NAME, (json.dumps(fields, indent=1) + "\n").encode())
+        _write_atomically(folder / DESCRIPTION_NAME, (json.dumps(self._description) + "\n").encode())
         return [WEIGHTS_NAME, DESCRIPTION_NAME]
 
     def detect(
@@ -307,22 +297,24 @@ class ObjectDetector:
     ) -> list[Detections]:
         """Finds the objects in images of one size, without scaling them.
 
-        An image is padded with grey on the right and at the bottom to a multiple of `stride`; what is found is cut
-        back to the image, and dropped where nothing is left of it.
+        An image is padded with grey on the right and at the bottom to a multiple of `stride`; what is found
+        is cut back to the image, and dropped where nothing is left of it.
 
         Args:
             images: uint8 `[S, S, 3]` RGB each.
             confidence: The lowest confidence kept, 0 to 1.
             classes: Class ids or class names to look for; None for all of them.
-            iou: Of two boxes of one class that overlap more than this (0 to 1) the less confident one is dropped.
-            batch_size: How many images run at once.
+            iou: Of two boxes of one class that overlap more than this (0 to 1) the less confident one goes.
+                Models without suppression (YOLOv10, YOLO26) do not read it.
+            batch_size: How many images run at once on a GPU. On the CPU each runs alone: a batch is no faster
+                there, and alone an image's result cannot depend, in its last bits, on its neighbours.
 
         Returns:
             One entry per image.
 
         Raises:
-            ValueError: If an image has another shape or dtype than these, a class is unknown, or a number is out of
-                its range.
+            ValueError: If an image has another shape or dtype than these, a class is unknown, or a number is
+                out of its range.
         """
         if not 0 <= confidence <= 1:
             raise ValueError(f"confidence is {confidence}; wanted 0 to 1")
@@ -336,11 +328,12 @@ class ObjectDetector:
         with self._lock, _muted() as messages, torch.inference_mode():
             args = self._predictor.args
             args.conf, args.iou, args.classes = confidence, iou, class_ids
-            for start in range(0, len(padded), batch_size):
-                batch = padded[start : start + batch_size]
+            step = 1 if self.device.type == "cpu" else batch_size
+            for start in range(0, len(padded), step):
+                batch = padded[start : start + step]
                 messages.clear()
                 results = self._predict(batch)
-                # After some seconds ultralytics' suppression leaves the rest of a batch empty; one image cannot be.
+                # After some seconds ultralytics' suppression leaves the rest of a batch empty.
                 if any("time limit" in message for message in messages):
                     results = [self._predict([image])[0] for image in batch]
                 found += [self._detections(result, len(images[0])) for result in results]
@@ -348,7 +341,7 @@ class ObjectDetector:
 
     def _class_id(self, entry: int | str) -> int:
         for class_id, name in self.names.items():
-            if entry == class_id or entry == name:
+            if entry in (class_id, name):
                 return class_id
         known = ", ".join(f"{class_id} {name}" for class_id, name in self.names.items())
         raise ValueError(f"class {entry!r} is unknown to {self.source}; wanted one of: {known}")
@@ -357,8 +350,8 @@ class ObjectDetector:
         """`[S, S, 3]` RGB to `[M, M, 3]` BGR, where M is the next multiple of the stride."""
         if image.dtype != np.uint8 or image.shape != (size, size, 3):
             raise ValueError(
-                f"an image has shape {tuple(image.shape)} and dtype {image.dtype}; wanted square uint8 [S, S, 3] RGB, "
-                "all of one size"
+                f"an image has shape {tuple(image.shape)} and dtype {image.dtype}; "
+                "wanted square uint8 [S, S, 3] RGB, all of one size"
             )
         side = -(-size // self.stride) * self.stride
         canvas = np.full((side, side, 3), _PAD_GREY, dtype=np.uint8)
@@ -409,36 +402,87 @@ def _resolved_device(device: str | torch.device) -> torch.device:
     return device
 
 
-def _build_model(
-    libs, architecture: dict, state: dict[str, torch.Tensor], task: str, names: dict, source: str
-):
-    """The ultralytics module with these weights, in evaluation mode."""
-    model_class = {"detect": libs.DetectionModel, "segment": libs.SegmentationModel}[task]
-    # ultralytics writes into the description that it is given.
-    model = model_class(json.loads(json.dumps(architecture)), ch=3, verbose=False)
+def _build_model(libs: SimpleNamespace, description: dict, state: dict[str, torch.Tensor], source: str):
+    """The ultralytics module with these weights, on the CPU in evaluation mode."""
+    model_class = {"detect": libs.DetectionModel, "segment": libs.SegmentationModel}[description["task"]]
+    # ultralytics writes into the architecture that it is given.
+    model = model_class(copy.deepcopy(description["architecture"]), ch=3, verbose=False)
     wanted = model.state_dict()
     wrong = sorted(wanted.keys() ^ state.keys())
     wrong += [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
     if wrong:
         raise ValueError(
-            f"detector {source}: {len(wrong)} of its tensors do not fit its architecture, the first is {wrong[0]!r}; "
-            "wanted the weights as they were trained, not fused or pruned"
+            f"detector {source}: {len(wrong)} of its tensors do not fit its architecture, "
+            f"the first is {wrong[0]!r}; wanted the weights as they were trained, not fused or pruned"
         )
     model.load_state_dict(state, strict=True)
-    model.names = names
-    return model.eval()
+    model.names = dict(enumerate(description["names"]))
+    model.eval()
+    # Versions disagree on activations: 8.4.0 to 8.4.140 leave one out of YOLOv8 and YOLO11.
+    for name, kind in _activations(model).items():
+        wanted_kind = description["activations"].get(name)
+        if wanted_kind != kind and wanted_kind in _PLAIN_ACTIVATIONS:
+            model.set_submodule(name, _PLAIN_ACTIVATIONS[wanted_kind]())
+    before, now = description["probe"], _probe(model, description["stride"])
+    common = before.keys() & now.keys()  # versions differ in which of the two heads of one model they run
+    if not common or not all(
+        math.isclose(before[key], now[key], rel_tol=1e-3, abs_tol=1e-5) for key in common
+    ):
+        raise ValueError(
+            f"detector {source}: ultralytics {libs.version} builds another network from its architecture; "
+            f"wanted the network that ultralytics {description['ultralytics']} built: install that version"
+        )
+    return model
 
 
-def _checked_architecture(architecture: dict) -> dict:
-    """Refuses a description that names anything but layers: ultralytics evaluates some of its strings as code."""
-    layers = [layer[2] for layer in architecture["backbone"] + architecture["head"]]
-    for layer in layers:
-        if not re.fullmatch(r"(nn\.|torchvision\.ops\.)?[A-Z]\w*", layer):
+def _activations(model: torch.nn.Module) -> dict[str, str]:
+    """The class of the activation after each convolution, by module name."""
+    modules = model.named_modules(remove_duplicate=False)  # one activation module is shared by many layers
+    return {name: type(module).__name__ for name, module in modules if name.endswith(".act")}
+
+
+@torch.no_grad()
+def _probe(model: torch.nn.Module, stride: int) -> dict[str, float]:
+    """How strongly each convolution of the head answers one fixed image.
+
+    Equal tensor names and shapes do not prove that two versions of ultralytics compute the same from them.
+    """
+    seen: dict[str, float] = {}
+
+    def note(name: str):
+        def hook(module, inputs, output):
+            seen[name] = float(f"{output.abs().mean().item():.6g}")
+
+        return hook
+
+    convolutions = [(n, m) for n, m in model.model[-1].named_modules() if isinstance(m, torch.nn.Conv2d)]
+    handles = [module.register_forward_hook(note(name)) for name, module in convolutions]
+    side = 2 * stride
+    model((torch.arange(3 * side * side, dtype=torch.float32) * 0.618).frac().view(1, 3, side, side))
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def _checked_description(description: dict) -> dict:
+    """Refuses a description that lacks a field, or whose architecture names anything but layers.
+
+    ultralytics evaluates some strings of an architecture as code.
+    """
+    for field in ("source", "ultralytics", "stride", "names", "architecture", "activations", "probe"):
+        if field not in description:
+            raise ValueError(f"field {field!r} is missing")
+    if description["task"] not in ("detect", "segment"):
+        raise ValueError(f"task is {description['task']!r}; wanted 'detect' or 'segment'")
+    architecture = description["architecture"]
+    # Classes are capitalised and functions are not, with one exception.
+    for layer in [layer[2] for layer in architecture["backbone"] + architecture["head"]]:
+        if not re.fullmatch(r"(nn\.|torchvision\.ops\.)?[A-Z]\w*|v10Detect", layer):
             raise ValueError(f"layer {layer!r} is not the name of a module class")
     activation = architecture.get("activation")
     if activation and not re.fullmatch(r"(torch\.)?nn\.[A-Z]\w*\([\w\s.,=-]*\)", activation):
         raise ValueError(f"activation {activation!r} is not a plain module such as 'nn.SiLU()'")
-    return architecture
+    return description
 
 
 def _as_stored(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -449,6 +493,11 @@ def _as_stored(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     halves = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
     lossless = all(torch.equal(halves[key].to(value.dtype), value) for key, value in state.items())
     return halves if lossless else state
+
+
+def _one_line(error: Exception) -> str:
+    """ultralytics' message without its emoji and line breaks."""
+    return " ".join(str(error).encode("ascii", "ignore").decode().split())
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
@@ -482,9 +531,9 @@ def _muted() -> Iterator[list[str]]:
 def _undisturbed(device: torch.device) -> Iterator[None]:
     """Undoes what importing ultralytics and making a model change in the whole process.
 
-    That is: the number of torch threads (one fewer than there are cores), print options, environment variables that
-    child processes inherit, the random state, the current GPU, and two functions it replaces (its `Image.open`
-    answers an unreadable image by installing a package).
+    That is: the number of torch threads (one fewer than there are cores), numpy's print options, environment
+    variables that child processes inherit, the random state, the current GPU, and two functions that it
+    replaces (its `Image.open` answers an unreadable image by installing a package).
     """
     environment = {name: os.environ.get(name) for name in _ENVIRONMENT}
     threads = torch.get_num_threads()
@@ -518,7 +567,7 @@ def _ultralytics() -> SimpleNamespace:
         import cv2
 
         threads = cv2.getNumThreads()
-        from ultralytics import YOLO
+        from ultralytics import YOLO, __version__
         from ultralytics.models.yolo.detect import DetectionPredictor
         from ultralytics.models.yolo.segment import SegmentationPredictor
         from ultralytics.nn.tasks import DetectionModel, SegmentationModel
@@ -533,5 +582,6 @@ def _ultralytics() -> SimpleNamespace:
         SegmentationModel=SegmentationModel,
         DetectionPredictor=DetectionPredictor,
         SegmentationPredictor=SegmentationPredictor,
+        version=__version__,
         GITHUB_ASSETS_NAMES=GITHUB_ASSETS_NAMES,
     )
