@@ -495,9 +495,9 @@ class BackdropForConditionalGeneration(BackdropPreTrainedModel, GenerationMixin)
         """As transformers' `generate`; separator tokens are never generated."""
         processors = LogitsProcessorList(logits_processor or [])
         if self.config.separator_token_ids is not None:
-            processors.append(
-                SuppressTokensLogitsProcessor(self.config.separator_token_ids, device=self.device)
-            )
+            # An offloaded model says "meta", where no tensor can be read.
+            device = "cpu" if self.device.type == "meta" else self.device
+            processors.append(SuppressTokensLogitsProcessor(self.config.separator_token_ids, device=device))
         return super().generate(*args, logits_processor=processors, **kwargs)
 
     def prepare_inputs_for_generation(

@@ -8,6 +8,9 @@ to see either without the other.
 ``python -m backdrop.train.pretrain_tower --out runs/vision_tower`` ends with ``vision_tower`` (load it with
 ``CLIPVisionModel.from_pretrained``) and ``report.json`` in the output folder. A run that was cut off goes on with
 ``--resume`` and ends with the weights that it would have had.
+
+Where other programs use the same cores, set ``OMP_WAIT_POLICY=passive`` or ``--threads 1``: PyTorch's threads wait for
+each other by spinning, which on two shared cores made a step nine times as slow.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +46,9 @@ _IMAGE_MEAN = torch.tensor(OPENAI_CLIP_MEAN).view(3, 1, 1) * 255
 _IMAGE_STD = torch.tensor(OPENAI_CLIP_STD).view(3, 1, 1) * 255
 
 
+@dataclass(frozen=True)
 class SceneArrays:
-    """Scenes of one split as arrays in memory-mapped files.
+    """Scenes of one split as arrays.
 
     Attributes:
         pixels: uint8 ``[N, 3, S, S]``.
@@ -51,44 +56,50 @@ class SceneArrays:
         labels: for each head of ``DENSE_LABELS`` int64 ``[N, P]``.
     """
 
-    def __init__(self, folder: Path, split: Split, count: int, seed: int) -> None:
-        """Opens the files in `folder`, drawing the scenes if they are not there or scenes are drawn differently now."""
-        drawing = hashlib.sha256(Path(scenes.__file__).read_bytes()).hexdigest()[:12]
-        stem = f"{split}_{count}_{seed}_{drawing}"
-        names = ["pixels", "object_patches", *DENSE_LABELS]
-        paths = {name: folder / f"{stem}_{name}.npy" for name in names}
-        if not all(path.exists() for path in paths.values()):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._draw(paths, split, count, seed)
-        arrays = {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
-        self.pixels = arrays.pop("pixels")
-        self.object_patches = arrays.pop("object_patches")
-        self.labels = arrays
-
-    @staticmethod
-    def _draw(paths: dict[str, Path], split: Split, count: int, seed: int) -> None:
-        partial = {name: path.with_suffix(".partial") for name, path in paths.items()}
-        shapes = dict.fromkeys(DENSE_LABELS, ((count, NUM_PATCHES), np.int64))
-        shapes["pixels"] = ((count, 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
-        shapes["object_patches"] = ((2, count, NUM_PATCHES), np.bool_)
-        arrays = {
-            name: np.lib.format.open_memmap(partial[name], mode="w+", shape=shape, dtype=dtype)
-            for name, (shape, dtype) in shapes.items()
-        }
-        drawn = sample_scenes(split, count, seed)
-        for i, scene in enumerate(tqdm(drawn, total=count, desc=f"{split} scenes", mininterval=5)):
-            arrays["pixels"][i] = np.asarray(scene.image).transpose(2, 0, 1)
-            for grow in (0, 1):
-                boxes = [item.xyxy for item in scene.objects]
-                arrays["object_patches"][grow, i] = box_patches(boxes, IMAGE_SIZE, PATCH_SIZE, grow)
-            for head in DENSE_LABELS:
-                arrays[head][i] = scene.labels[head]
-        for name, array in arrays.items():
-            array.flush()
-            os.replace(partial[name], paths[name])
+    pixels: np.ndarray
+    object_patches: np.ndarray
+    labels: dict[str, np.ndarray]
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def first(self, count: int) -> SceneArrays:
+        labels = {head: label[:count] for head, label in self.labels.items()}
+        return SceneArrays(self.pixels[:count], self.object_patches[:, :count], labels)
+
+
+def open_scenes(folder: Path, split: Split, count: int, seed: int) -> SceneArrays:
+    """Memory-maps the scenes kept in `folder`; draws them first if they are not there or are drawn differently now."""
+    drawing = hashlib.sha256(Path(scenes.__file__).read_bytes()).hexdigest()[:12]
+    names = ["pixels", "object_patches", *DENSE_LABELS]
+    paths = {name: folder / f"{split}_{count}_{seed}_{drawing}_{name}.npy" for name in names}
+    if not all(path.exists() for path in paths.values()):
+        folder.mkdir(parents=True, exist_ok=True)
+        _draw_scenes(paths, split, count, seed)
+    arrays = {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
+    return SceneArrays(arrays.pop("pixels"), arrays.pop("object_patches"), arrays)
+
+
+def _draw_scenes(paths: dict[str, Path], split: Split, count: int, seed: int) -> None:
+    partial = {name: path.with_suffix(".partial") for name, path in paths.items()}
+    shapes = dict.fromkeys(DENSE_LABELS, ((count, NUM_PATCHES), np.int64))
+    shapes["pixels"] = ((count, 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+    shapes["object_patches"] = ((2, count, NUM_PATCHES), np.bool_)
+    arrays = {
+        name: np.lib.format.open_memmap(partial[name], mode="w+", shape=shape, dtype=dtype)
+        for name, (shape, dtype) in shapes.items()
+    }
+    drawn = sample_scenes(split, count, seed)
+    for i, scene in enumerate(tqdm(drawn, total=count, desc=f"{split} scenes", mininterval=5)):
+        arrays["pixels"][i] = np.asarray(scene.image).transpose(2, 0, 1)
+        boxes = [item.xyxy for item in scene.objects]
+        for grow in (0, 1):
+            arrays["object_patches"][grow, i] = box_patches(boxes, IMAGE_SIZE, PATCH_SIZE, grow)
+        for head in DENSE_LABELS:
+            arrays[head][i] = scene.labels[head]
+    for name, array in arrays.items():
+        array.flush()
+        os.replace(partial[name], paths[name])
 
 
 class DenseHeads(nn.ModuleDict):
@@ -246,17 +257,9 @@ def train(
                 "seconds": seconds + time.perf_counter() - started,
             }
             _save(state, checkpoint)
-            few = _first(validation, 128)
-            figures = evaluate(tower, heads, few, apart=True)
+            figures = evaluate(tower, heads, validation.first(128), apart=True)
             tqdm.write(json.dumps({"step": step + 1} | {k: round(v, 4) for k, v in figures.items()}))
     return seconds + time.perf_counter() - started
-
-
-def _first(data: SceneArrays, count: int) -> SceneArrays:
-    part = SceneArrays.__new__(SceneArrays)
-    part.pixels, part.object_patches = data.pixels[:count], data.object_patches[:, :count]
-    part.labels = {head: labels[:count] for head, labels in data.labels.items()}
-    return part
 
 
 def _save(state: dict[str, Any], path: Path) -> None:
@@ -295,8 +298,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
     cache = options.cache or out / "scenes"
-    data = SceneArrays(cache, "train", options.images, options.seed)
-    validation = SceneArrays(cache, "validation", options.validation_images, options.seed)
+    data = open_scenes(cache, "train", options.images, options.seed)
+    validation = open_scenes(cache, "validation", options.validation_images, options.seed)
 
     config = CLIPVisionConfig(
         image_size=IMAGE_SIZE,

@@ -6,6 +6,9 @@ before handing them to the detector too, for it would stretch 168 pixels to 192 
 
 ``python -m backdrop.train.scene_detector --out runs/scene_detector --images 3000 --epochs 8 --seed 0`` ends with
 ``detector.pt``, which ``ultralytics.YOLO`` loads, and ``report.json`` in the output folder.
+
+Where other programs use the same cores, set ``OMP_WAIT_POLICY=passive`` or ``--threads 1``: PyTorch's threads wait for
+each other by spinning, which on two shared cores made a step nine times as slow.
 """
 
 from __future__ import annotations
@@ -226,6 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data=str(data),
         split="test",
         imgsz=DETECTOR_SIZE,
+        rect=False,  # the default pads every image by 16 pixels more on each side, unlike any the detector has seen
         device="cpu",
         workers=0,
         plots=False,

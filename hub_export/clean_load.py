@@ -1,0 +1,75 @@
+"""Loads an exported folder as a stranger's machine would. `verify_in_clean_process` runs this file as a script.
+
+Prints one JSON line: {"tokens": n} for n prompt tokens of the forward pass that was made, or {"error": "..."}.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def load_and_run(folder: str) -> int:
+    """Loads everything through Auto classes and runs one background and one object group; the prompt's length."""
+    import torch
+    from safetensors import safe_open
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoProcessor,
+    )
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+    for auto, wanted in ((AutoModel, model.base_model), (AutoModelForMultimodalLM, model)):
+        with torch.device("meta"):  # the class is what counts, and large weights are loaded once
+            found = auto.from_config(config, trust_remote_code=True)
+        if type(found).__name__ != type(wanted).__name__:
+            raise ValueError(f"{auto.__name__} gives {type(found).__name__}; wanted {type(wanted).__name__}.")
+    for path in Path(folder).glob("detector.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+
+    vision = config.vision_config
+    groups = _groups(vision.image_size, vision.patch_size)
+    content = [{"type": "image", "image": group} for group in groups] + [{"type": "text", "text": "Hello?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    with torch.inference_mode():
+        logits = model(**inputs.to(dtype=model.dtype)).logits
+    if not torch.isfinite(logits).all():
+        raise ValueError("The model's logits are not finite; wanted numbers: weights are broken.")
+    return inputs["input_ids"].shape[1]
+
+
+def _groups(side: int, patch_size: int) -> list:
+    """A background group and an object group (the last column of patches) as RGBA images: no detector is needed."""
+    from PIL import Image
+
+    edge = side // patch_size * patch_size
+    images = []
+    for alpha, left, right in ((253, 0, edge - patch_size), (254, edge - patch_size, edge)):
+        image = Image.new("RGBA", (side, side))
+        image.paste((90, 120, 150, alpha), (left, 0, right, edge))
+        images.append(image)
+    return images
+
+
+if __name__ == "__main__":
+    # Installed or not, the package cannot be imported from here on: the folder must do without it.
+    sys.modules["backdrop"] = None
+    try:
+        report = {"tokens": load_and_run(sys.argv[1])}
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        report = {"error": f"{type(error).__name__}: {lines[0] if lines else 'no message'}"}
+    print(json.dumps(report))

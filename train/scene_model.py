@@ -1,0 +1,105 @@
+"""The small model before its finetuning: a tokenizer, the pretrained tower, a fresh language model, a detector.
+
+python -m backdrop.train.scene_model --tower runs/tower/vision_tower --detector runs/scene_detector/detector.pt --out runs/scene_base
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from backdrop.hub_export.convert import SEPARATOR_WORDS, chat_template, prepare_tokens
+from backdrop.modeling.configuration_backdrop import BackdropConfig
+from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
+from backdrop.processing.detector_backdrop import ObjectDetector
+from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
+from backdrop.processing.processing_backdrop import BackdropProcessor
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import CLIPVisionModel, LlamaConfig, PreTrainedTokenizerFast
+
+from .scenes import sample_scenes
+
+
+def scene_tokenizer(num_scenes: int = 400, seed: int = 0) -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which a question is a few words, while digits and capitals stay single, as they are seen."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[0-9]| ?[A-Z](?![a-z])"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    questions = (
+        question for scene in sample_scenes("train", num_scenes, seed) for question in scene.questions
+    )
+    corpus = [f"\n{q.question} {q.question} {q.answer}" for q in questions] + list(SEPARATOR_WORDS.values())
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_tokens(["USER:", "ASSISTANT:"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+
+
+def build(
+    tower: Path, detector: Path, seed: int = 0
+) -> tuple[BackdropForConditionalGeneration, BackdropProcessor]:
+    """Model and processor; the language model is Llama, 4 layers of width 192, from scratch."""
+    torch.manual_seed(seed)
+    vision = CLIPVisionModel.from_pretrained(tower)
+    side, patch_size = vision.config.image_size, vision.config.patch_size
+    tokenizer = scene_tokenizer(seed=seed)
+    BackdropProcessor.add_tokens(tokenizer)
+    config = BackdropConfig(
+        vision_config=vision.config,
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        ),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+    )
+    model = BackdropForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(vision.state_dict())
+    prepare_tokens(model, tokenizer)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.max_new_tokens = 16
+    size = {"height": side, "width": side}
+    image_processor = BackdropImageProcessor(
+        size={"shortest_edge": side}, crop_size=size, patch_size=patch_size
+    )
+    image_processor.set_detector(ObjectDetector.from_name_or_path(str(detector)))
+    processor = BackdropProcessor(image_processor, tokenizer, chat_template=chat_template(system_prompt=""))
+    return model, processor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tower", type=Path, required=True, help="folder of the pretrained CLIPVisionModel")
+    parser.add_argument("--detector", type=Path, required=True, help="ultralytics checkpoint (.pt)")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    model, processor = build(options.tower, options.detector, options.seed)
+    model.save_pretrained(options.out)
+    processor.save_pretrained(options.out)
+    print(f"{options.out}: {model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens")
+
+
+if __name__ == "__main__":
+    main()
