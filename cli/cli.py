@@ -19,6 +19,9 @@ app = typer.Typer(
 
 _debug = False
 
+Licence = Annotated[
+    str, typer.Option(help="Licence of the weights (the base model's), as the Hub spells it.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print figures as JSON.")]
 
 
@@ -125,6 +128,7 @@ def convert(
     separate_towers: Annotated[bool, typer.Option(help="A tower of their own for objects.")] = False,
     separate_projectors: Annotated[bool, typer.Option(help="A projector of their own for objects.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    licence: Licence = "other",
 ) -> None:
     """Turn a LLaVA checkpoint into a Backdrop model."""
     from backdrop.hub_export.convert import convert as convert_llava
@@ -142,7 +146,7 @@ def convert(
         **hub,
     )
     base = source if not os.path.isdir(source) else None
-    files = export_folder(model, processor, out, base_model=base)
+    files = export_folder(model, processor, out, base_model=base, licence=licence)
     typer.echo(f"{out}: {len(files)} files, {model.num_parameters():,} parameters")
 
 
@@ -154,12 +158,13 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     base_model: Annotated[str | None, typer.Option(help="Base model for the card.")] = None,
     notes: Annotated[Path | None, typer.Option(help="Markdown file that goes into the card.")] = None,
+    licence: Licence = "other",
 ) -> None:
     """Write a complete Hub folder that loads with nothing of ours installed."""
     from backdrop.hub_export.export import export_checkpoint
 
     text = notes.read_text() if notes else ""
-    files = export_checkpoint(checkpoint, out, base_model=base_model, notes=text)
+    files = export_checkpoint(checkpoint, out, base_model=base_model, licence=licence, notes=text)
     typer.echo(f"{out}: {len(files)} files")
 
 

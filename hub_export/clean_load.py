@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+MAX_MESSAGE = 400  # transformers' errors can list every weight
+
 
 def load_and_run(folder: str) -> int:
     """Loads everything through Auto classes and runs one background and one object group; the prompt's length."""
@@ -24,6 +26,9 @@ def load_and_run(folder: str) -> int:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    wanted = json.loads(Path(folder, "processor_config.json").read_text(encoding="utf-8"))["processor_class"]
+    if type(processor).__name__ != wanted:  # without its auto_map, AutoProcessor settles for a tokenizer
+        raise ValueError(f"AutoProcessor gives {type(processor).__name__}; wanted {wanted}.")
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
     for auto, wanted in ((AutoModel, model.base_model), (AutoModelForMultimodalLM, model)):
         with torch.device("meta"):  # the class is what counts, and large weights are loaded once
@@ -70,6 +75,6 @@ if __name__ == "__main__":
     try:
         report = {"tokens": load_and_run(sys.argv[1])}
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        report = {"error": f"{type(error).__name__}: {lines[0] if lines else 'no message'}"}
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        report = {"error": line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 4] + " ..."}
     print(json.dumps(report))

@@ -83,12 +83,12 @@ class BackgroundCache:
         value = tuple(_compact(tensor) for tensor in value)
         size = _num_bytes(value)
         with self._lock:
-            if size > self.max_bytes:
-                self._count("too_large")
-                return
             previous = self._entries.pop((kind, key), None)
             if previous is not None:
                 self._bytes -= _num_bytes(previous)
+            if size > self.max_bytes:
+                self._count("too_large")
+                return
             while self._bytes + size > self.max_bytes:
                 _, evicted = self._entries.popitem(last=False)
                 self._bytes -= _num_bytes(evicted)

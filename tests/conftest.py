@@ -7,10 +7,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import transformers
-
-import tiny
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.detector_backdrop import Detections
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
@@ -35,14 +34,15 @@ class RedDetector:
 
     def detect(self, images, *, confidence=0.25, classes=None, **kwargs):
 
-
         self.calls += len(images)
         found = []
         for image in images:
             red = (image[..., 0] > 200) & (image[..., 1] < 60) & (image[..., 2] < 60)
             rows, columns = np.nonzero(red)
             boxes = (
-                [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]] if len(rows) else np.zeros((0, 4))
+                [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]
+                if len(rows)
+                else np.zeros((0, 4))
             )
             count = len(boxes)
             found.append(
@@ -94,5 +94,3 @@ def chat_model(processor) -> BackdropForConditionalGeneration:
         image_token_id=processor.image_token_id,
         separator_token_ids=processor.separator_token_ids,
     )
-
-

@@ -56,7 +56,7 @@ class HubServer:
         return [step for step, _ in self.requests]
 
     def __enter__(self) -> "HubServer":
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
@@ -96,6 +96,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(401, {"error": "Invalid username or password."})
         if isinstance(failure, int):
             return self._answer(failure, {"error": f"refused with {failure}"})
+        if step in ("info", "preupload", "commit") and _repo_id(path) not in self.hub.repositories:
+            return self._answer(404, {"error": "Repository not found"})
         status, answer = getattr(self, "_" + step.replace(" ", "_"))(path, body)
         if failure == DROP_AFTER:
             self.close_connection = True
@@ -131,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         return status, {"url": f"{self.hub.endpoint}/{repo_id}"}
 
     def _info(self, path, body):
-        repo_id = "/".join(path.split("/")[3:5])
+        repo_id = _repo_id(path)
         repository = self.hub.repositories[repo_id]
         return 200, {
             "id": repo_id,
@@ -146,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
         return (400 if errors else 200), {"errors": errors, "warnings": []}
 
     def _preupload(self, path, body):
-        files = self.hub.repositories["/".join(path.split("/")[3:5])].files
+        files = self.hub.repositories[_repo_id(path)].files
         return 200, {"files": [_upload_mode(entry["path"], files) for entry in json.loads(body)["files"]]}
 
     def _lfs_batch(self, path, body):
@@ -165,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {}
 
     def _commit(self, path, body):
-        repo_id = "/".join(path.split("/")[3:5])
+        repo_id = _repo_id(path)
         repository = self.hub.repositories[repo_id]
         header, *operations = [json.loads(line) for line in body.splitlines()]
         if header["value"].get("parentCommit") not in (None, repository.head):
@@ -198,6 +200,11 @@ def _step(method: str, path: str) -> str:
         "/commit/": "commit",
     }
     return next(step for part, step in parts.items() if part in path)
+
+
+def _repo_id(path: str) -> str:
+    """Of a path such as /api/models/owner/name/commit/main."""
+    return "/".join(path.split("/")[3:5])
 
 
 def _upload_mode(name: str, files: dict[str, bytes]) -> dict:

@@ -463,7 +463,8 @@ names = ("OMP_NUM_THREADS", "NUMEXPR_MAX_THREADS", "TF_CPP_MIN_LOG_LEVEL", "TORC
 def state():
     return (torch.get_num_threads(), torch.get_rng_state().tolist(), np.get_printoptions(),
             np.random.get_state()[1].tolist(), torch.get_default_dtype(), torch.is_grad_enabled(),
-            torch.are_deterministic_algorithms_enabled(), Image.open, torch.save, [os.environ.get(name) for name in names])
+            torch.are_deterministic_algorithms_enabled(), Image.open, torch.save,
+            [os.environ.get(name) for name in names])
 before = state()
 import cv2
 cv2_threads = cv2.getNumThreads()

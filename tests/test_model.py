@@ -1,16 +1,15 @@
 """The model against its slow paths: LLaVA, block-diagonal attention, one row at a time, no cache."""
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from transformers import CLIPVisionModel, Dinov2Model, SiglipVisionModel
-
 import tiny
+import torch
 from backdrop.hub_export.convert import extend_model
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.grouped_vision_backdrop import encode_groups, plan_rows
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration, BackdropModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import CLIPVisionModel, Dinov2Model, SiglipVisionModel
 
 TOWER_CLASSES = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel, "dinov2": Dinov2Model}
 PREFIX = {"clip": 1, "siglip": 0, "dinov2": 1}
@@ -54,7 +53,9 @@ def trained_prefusion(model):
 
 
 @pytest.mark.parametrize("prefusion", [0, 2])
-@pytest.mark.parametrize("changes", [{}, {"vision_feature_select_strategy": "full"}, {"vision_feature_layer": [-2, -1]}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"vision_feature_select_strategy": "full"}, {"vision_feature_layer": [-2, -1]}]
+)
 def test_off_is_llava_bit_for_bit(changes, prefusion):
     llava = tiny.llava_model(**changes)
     model = BackdropForConditionalGeneration(tiny.backdrop_config(separators=False, **changes)).eval()
@@ -151,7 +152,10 @@ def test_layers_behind_the_feature_layer_are_not_computed():
 @pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])
 def test_training_prefill_and_cached_generation_agree(tower, separate, prefusion):
     model = tiny.backdrop_model(
-        tower=tower, separate_vision_towers=separate, separate_projectors=separate, num_prefusion_layers=prefusion
+        tower=tower,
+        separate_vision_towers=separate,
+        separate_projectors=separate,
+        num_prefusion_layers=prefusion,
     )
     if prefusion:
         trained_prefusion(model)
@@ -322,14 +326,18 @@ def test_separators_are_never_generated():
         favourite = model(**inputs).logits[:, -1].argmax(-1)
     assert set(favourite.tolist()) & set(tiny.SEPARATOR_IDS)
     for options in ({}, {"num_beams": 2}, {"do_sample": True}):
-        new = model.generate(**inputs, max_new_tokens=6, **{"do_sample": False, **options})[:, inputs["input_ids"].shape[1] :]
+        new = model.generate(**inputs, max_new_tokens=6, **{"do_sample": False, **options})[
+            :, inputs["input_ids"].shape[1] :
+        ]
         assert not set(new.flatten().tolist()) & set(tiny.SEPARATOR_IDS)
 
 
 # ---- saving and loading
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_prefusion_layers": 2, "separate_vision_towers": True, "separate_projectors": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_prefusion_layers": 2, "separate_vision_towers": True, "separate_projectors": True}]
+)
 def test_save_then_load_is_bit_equal(tmp_path, changes):
     model = tiny.backdrop_model(**changes)
     model.save_pretrained(tmp_path)
@@ -404,7 +412,13 @@ def test_an_automatic_device_map_over_two_devices_runs(tmp_path):
     inputs = batch(model)
     split = BackdropForConditionalGeneration.from_pretrained(
         tmp_path,
-        device_map={"model.vision_tower": "cpu", "model.multi_modal_projector": "disk", "model.language_model": "cpu", "model.prefusion": "disk", "lm_head": "cpu"},
+        device_map={
+            "model.vision_tower": "cpu",
+            "model.multi_modal_projector": "disk",
+            "model.language_model": "cpu",
+            "model.prefusion": "disk",
+            "lm_head": "cpu",
+        },
         offload_folder=tmp_path / "offload",
     )
     with torch.no_grad():
@@ -418,12 +432,18 @@ def test_bad_groups_are_named():
     model = tiny.backdrop_model()
     good = batch(model)
     cases = [
-        ({"pixel_values": torch.zeros(4, 3, 28, 28)}, r"pixel_values is \(4, 3, 28, 28\); wanted \(groups, 3, 56, 56\)"),
+        (
+            {"pixel_values": torch.zeros(4, 3, 28, 28)},
+            r"pixel_values is \(4, 3, 28, 28\); wanted \(groups, 3, 56, 56\)",
+        ),
         ({"patch_mask": torch.ones(4, 9, dtype=torch.bool)}, r"patch_mask is \(4, 9\); wanted \(4, 16\)"),
         ({"group_kind": torch.tensor([0, 1, 2, 0])}, r"group_kind is \[0, 1, 2, 0\]; wanted 4 values"),
         ({"patch_mask": torch.zeros(4, 16, dtype=torch.bool)}, r"groups \[0, 1, 2, 3\] own no patch"),
         ({"pixel_values": None}, r"image placeholders, but no pixel_values"),
-        ({"patch_mask": torch.ones(4, 16, dtype=torch.bool)}, r"Image features and image tokens do not match"),
+        (
+            {"patch_mask": torch.ones(4, 16, dtype=torch.bool)},
+            r"Image features and image tokens do not match",
+        ),
     ]
     for change, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -435,7 +455,10 @@ def test_bad_groups_are_named():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"separator_token_ids": [91, 92, 93, 96]}, r"\[OBJ_END\] has the token id 96, but the embedding table has 96"),
+        (
+            {"separator_token_ids": [91, 92, 93, 96]},
+            r"\[OBJ_END\] has the token id 96, but the embedding table has 96",
+        ),
         ({"image_token_id": 200}, r"<image> has the token id 200"),
         ({"separator_token_ids": [91]}, r"separator_token_ids has 1 ids"),
         ({"vision_feature_layer": 9}, r"vision_feature_layer is 9; the tower has 3 layers"),

@@ -2,10 +2,6 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
-
 from backdrop.processing.patch_groups_backdrop import (
     BACKGROUND,
     METADATA_KEY,
@@ -21,6 +17,9 @@ from backdrop.processing.patch_groups_backdrop import (
     save_group,
     split_patches,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
 masks = st.lists(st.booleans(), min_size=16, max_size=16).map(np.array)
 sides = st.sampled_from([56, 59])  # with and without a remainder
@@ -80,7 +79,11 @@ def test_staleness_equals_the_definition(seed, geometry):
         for x in range(grid):
             cell = np.s_[y * patch : (y + 1) * patch, x * patch : (x + 1) * patch]
             difference = np.abs(first[cell].astype(float) - second[cell].astype(float))
-            quarters = [difference[a][:, b] for a in (np.s_[:half], np.s_[half:]) for b in (np.s_[:half], np.s_[half:])]
+            quarters = [
+                difference[a][:, b]
+                for a in (np.s_[:half], np.s_[half:])
+                for b in (np.s_[:half], np.s_[half:])
+            ]
             expected.append(max(quarter.mean() for quarter in quarters if quarter.size))
     np.testing.assert_allclose(patch_staleness(first, second, patch), expected, rtol=1e-5)
 
@@ -89,7 +92,9 @@ def test_a_changed_character_is_stale_where_a_mean_over_the_patch_would_hide_it(
     reference = np.full((56, 56, 3), 120, dtype=np.uint8)
     image = reference.copy()
     image[2:6, 2:4] = 255  # 8 pixels
-    assert patch_staleness(reference, image, 14)[0] > 10 > np.abs(image.astype(int) - reference).mean() * 16 / 4
+    assert (
+        patch_staleness(reference, image, 14)[0] > 10 > np.abs(image.astype(int) - reference).mean() * 16 / 4
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,15 @@ import threading
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
+from backdrop.processing.patch_groups_backdrop import BACKGROUND, OBJECT, group_to_image, save_group
+from backdrop.processing.processing_backdrop import SEPARATOR_TOKENS, BackdropProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-
-import tiny
-from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
-from backdrop.processing.patch_groups_backdrop import BACKGROUND, OBJECT, group_to_image, save_group
-from backdrop.processing.processing_backdrop import SEPARATOR_TOKENS, BackdropProcessor
 
 SIZES = {"size": {"shortest_edge": tiny.SIDE}, "crop_size": {"height": tiny.SIDE, "width": tiny.SIDE}}
 
@@ -38,7 +37,16 @@ def groups_of(processor, image):
 # ---- geometry
 
 
-@pytest.mark.parametrize("options", [{}, {"do_pad": True, "size": {"height": 56, "width": 56}}, {"do_center_crop": False, "size": {"height": 56, "width": 56}}, {"resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_pad": True, "size": {"height": 56, "width": 56}},
+        {"do_center_crop": False, "size": {"height": 56, "width": 56}},
+        {"resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("size", [(80, 60), (56, 56), (30, 200), (1, 1), (1, 600), (601, 1)])
 def test_pixels_equal_transformers_llava_processor(size, options):
     image = tiny.photo(*size)
@@ -59,9 +67,15 @@ def test_every_mode_becomes_rgb(image_processor, mode):
     if mode == "I;16":
         image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     elif mode in ("I", "F"):
-        image = Image.fromarray(np.asarray(grey).astype("int32" if mode == "I" else "float32") * (257 if mode == "I" else 1))
+        image = Image.fromarray(
+            np.asarray(grey).astype("int32" if mode == "I" else "float32") * (257 if mode == "I" else 1)
+        )
     else:
-        image = grey.convert("RGB").convert({"LA": "L", "PA": "P", "LAB": "RGB"}.get(mode, mode)) if mode != "LAB" else grey.convert("RGB")
+        image = (
+            grey.convert("RGB").convert({"LA": "L", "PA": "P", "LAB": "RGB"}.get(mode, mode))
+            if mode != "LAB"
+            else grey.convert("RGB")
+        )
         if mode in ("LA", "PA"):
             image = image.convert("RGBA").convert(mode) if mode == "LA" else image.convert("PA")
     pixels = image_processor.model_images([image])[0]
@@ -275,7 +289,10 @@ def test_through_processor_template_and_collator_too(processor):
         ordinary, ready = make([image]), make(groups)
         assert ordinary.keys() == ready.keys()
         for name in ordinary:
-            assert torch.equal(torch.as_tensor(ordinary[name]), torch.as_tensor(ready[name])), (make.__name__, name)
+            assert torch.equal(torch.as_tensor(ordinary[name]), torch.as_tensor(ready[name])), (
+                make.__name__,
+                name,
+            )
     collated_labels = collated([image])["labels"]
     assert (collated_labels == -100).sum() == 0 or (collated_labels != -100).any()
 
@@ -296,7 +313,10 @@ def test_a_placeholder_expands_to_exactly_the_groups_there_are(processor):
 def test_batches_with_different_images_and_text_only_prompts(processor):
     texts = ["<image><image> two", "none", "<image> one"]
     out = processor(
-        images=[[scene(0, 0), scene(14, 0)], [], [scene(width=0)]], text=texts, padding=True, return_tensors="pt"
+        images=[[scene(0, 0), scene(14, 0)], [], [scene(width=0)]],
+        text=texts,
+        padding=True,
+        return_tensors="pt",
     )
     assert out["pixel_values"].shape[0] == 5
     counts = (out["input_ids"] == processor.image_token_id).sum(-1)
@@ -305,7 +325,9 @@ def test_batches_with_different_images_and_text_only_prompts(processor):
     assert "pixel_values" not in processor(text="hello", return_tensors="pt")
 
 
-@pytest.mark.parametrize(("text", "images"), [("<image><image>", 1), ("no placeholder", 1), ("<image>", 2), ("<image>", 0)])
+@pytest.mark.parametrize(
+    ("text", "images"), [("<image><image>", 1), ("no placeholder", 1), ("<image>", 2), ("<image>", 0)]
+)
 def test_placeholders_and_images_must_agree(processor, text, images):
     with pytest.raises(ValueError, match="<image>"):
         processor(images=[scene()] * images if images else None, text=text)
@@ -313,7 +335,10 @@ def test_placeholders_and_images_must_agree(processor, text, images):
 
 def test_the_template_is_llavas_with_bos_and_marks(processor):
     messages = [
-        {"role": "user", "content": [{"type": "text", "text": "what?"}, {"type": "image"}, {"type": "image"}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "what?"}, {"type": "image"}, {"type": "image"}],
+        },
         {"role": "assistant", "content": "a bus"},
         {"role": "user", "content": "and now?"},
     ]
@@ -327,7 +352,10 @@ def test_assistant_marks_lie_on_the_answer_and_its_end(processor):
     from transformers.processing_utils import ProcessorMixin
 
     messages = [
-        {"role": "user", "content": [{"type": "image", "image": scene(0, 0)}, {"type": "text", "text": "what?"}]},
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": scene(0, 0)}, {"type": "text", "text": "what?"}],
+        },
         {"role": "assistant", "content": "a bus"},
     ]
     arguments = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
@@ -364,6 +392,9 @@ def test_a_tokenizer_without_the_tokens_is_refused(image_processor):
 def test_copies_and_pickles_leave_the_live_parts_behind(processor):
     processor.enable_background_matching()
     repr(processor)
-    for twin in (copy.deepcopy(processor.image_processor), pickle.loads(pickle.dumps(processor.image_processor))):
+    for twin in (
+        copy.deepcopy(processor.image_processor),
+        pickle.loads(pickle.dumps(processor.image_processor)),
+    ):
         assert twin.background_matching is None
         assert twin.to_dict() == processor.image_processor.to_dict()

@@ -86,10 +86,21 @@ def test_what_is_no_export_is_refused_before_any_request(tmp_path, hub):
 
 
 @pytest.mark.slow
-def test_broken_weights_are_found(folder):
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="does not load in a clean process: .*[Ss]afetensor"):
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("model.safetensors", lambda data: data[:-1000], "SafetensorError"),
+        (
+            "processor_config.json",
+            lambda data: data.replace(b"AutoProcessor", b"Auto"),
+            "wanted BackdropProc",
+        ),
+        ("modeling_backdrop.py", lambda data: data + b"\nimport backdrop\n", "import of backdrop halted"),
+    ],
+)
+def test_damage_is_found(folder, name, damage, message):
+    (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    with pytest.raises(ValueError, match=f"does not load in a clean process: .*{message}"):
         verify_in_clean_process(folder)
 
 
@@ -124,7 +135,7 @@ def test_private(folder, hub, verified):
 @pytest.mark.parametrize(
     ("failures", "message"),
     [
-        ({"create": 403, "info": 403}, r"no permission to write there \(403\).*write access"),
+        ({"create": 403}, r"no permission to write there \(403\).*write access"),
         ({"create": 500}, r"answered 500 \(refused with 500\)"),
         ({"info": 404}, r"not found \(404\)"),
         ({"commit": 401}, r"not logged in.*\(401\)"),

@@ -133,7 +133,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    raw.train_from_iterator(["USER: what is shown? ASSISTANT: a red bus start of the background object"], trainer)
+    raw.train_from_iterator(
+        ["USER: what is shown? ASSISTANT: a red bus start of the background object"], trainer
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
     )

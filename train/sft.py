@@ -16,6 +16,7 @@ from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.processing_backdrop import BackdropProcessor
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from peft import LoraConfig
+from transformers import TrainerCallback
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 from .trainable import TrainableCheck, print_trainable, select_trainable, trainable_rows
@@ -117,9 +118,18 @@ def build_trainer(arguments: BackdropArguments, training: SFTConfig, options: Mo
         train_dataset=rows,
         processing_class=processor,
         peft_config=peft_config,
-        callbacks=[TrainableCheck()],
+        callbacks=[TrainableCheck(), SaveConfig()],
     )
     return trainer
+
+
+class SaveConfig(TrainerCallback):
+    """Writes the model's configuration beside every checkpoint: an adapter's folder would not have it, and with it
+    would go what the run added to the base (prefusion, towers) and that it was trained on groups."""
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        if state.is_world_process_zero:
+            model.config.save_pretrained(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
 
 def main() -> None:
@@ -134,6 +144,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
     if trainer.is_world_process_zero():
+        trainer.model.config.save_pretrained(training.output_dir)
         trainer.processing_class.save_pretrained(training.output_dir)
         Path(training.output_dir, "log.json").write_text(json.dumps(trainer.state.log_history, indent=2))
 
