@@ -60,7 +60,7 @@ class BackgroundMatcher:
         self,
         patch_size: int,
         tolerance: float = 0.0,
-        min_reuse: float = 0.5,
+        min_reuse: float = 0.3,
         max_overridden: float = 0.3,
         detect: str = "on_miss",
         max_references: int = 16,
