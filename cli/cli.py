@@ -207,7 +207,9 @@ def demo(
     frames: Annotated[int, typer.Option(help="Frames of the clip.")] = 24,
     family: Annotated[str, typer.Option(help="phone, street or panel.")] = "street",
     seed: Annotated[int, typer.Option(help="Which unseen background and motion.")] = 0,
-    show: Annotated[Path | None, typer.Option(help="Folder for a picture of each frame's groups.")] = None,
+    show: Annotated[
+        Path | None, typer.Option(help="Folder for the frames and a picture of their groups.")
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Answer questions about a clip of one unseen background, reusing it from frame to frame."""

@@ -156,17 +156,20 @@ def _figures(answers: list[Answer], cold: list[Answer], reusing: Asker) -> dict:
     }
 
 
-def _save_pictures(asker: Asker, images: list[Image.Image], folder: Path) -> None:
+def _save_pictures(asker: Asker, images: list[Image.Image], folder: Path, rows: int = 6) -> None:
+    """Every frame as PNG, and `frames.png`: how the first ones were split."""
     from backdrop.processing.patch_groups_backdrop import GROUP_KINDS
 
     from .panels import PanelRow, split_panels
 
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        image.save(folder / f"frame-{i:02d}.png")
     processor = asker.pipe.processor.image_processor
-    pixels = processor.model_images(images)
-    rows = []
-    for i, (image, seen, found) in enumerate(zip(images, pixels, processor.detections(pixels), strict=True)):
+    pixels = processor.model_images(images[:rows])
+    panels = []
+    for i, (seen, found) in enumerate(zip(pixels, processor.detections(pixels), strict=True)):
         mask = found.combined_mask(seen.shape[0])
         parts = [(GROUP_KINDS[p.kind], p.patch_mask) for p in processor.split_groups(seen, mask)]
-        rows.append(PanelRow(f"frame {i}", image, found, seen, mask, parts, processor.patch_size))
-    folder.mkdir(parents=True, exist_ok=True)
-    split_panels(rows).save(folder / "frames.png")
+        panels.append(PanelRow(f"frame {i}", images[i], found, seen, mask, parts, processor.patch_size))
+    split_panels(panels).save(folder / "frames.png")

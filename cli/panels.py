@@ -4,8 +4,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from backdrop.processing.detector_backdrop import Detections
 from PIL import Image, ImageDraw, ImageFont
+
+from backdrop.processing.detector_backdrop import Detections
 
 COLUMNS = ("Original image", "Detector", "What the model sees", "Object pixels", "Patch groups")
 

@@ -4,12 +4,6 @@ import copy
 from pathlib import Path
 
 import torch
-from backdrop.modeling.configuration_backdrop import BackdropConfig
-from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
-from backdrop.modeling.prefusion_backdrop import BackdropPrefusion
-from backdrop.processing.detector_backdrop import ObjectDetector
-from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
-from backdrop.processing.processing_backdrop import IMAGE_TOKEN, SEPARATOR_TOKENS, BackdropProcessor
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -18,6 +12,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.processing_utils import ImagesKwargs
+
+from backdrop.modeling.configuration_backdrop import BackdropConfig
+from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
+from backdrop.modeling.prefusion_backdrop import BackdropPrefusion
+from backdrop.processing.detector_backdrop import ObjectDetector
+from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
+from backdrop.processing.processing_backdrop import IMAGE_TOKEN, SEPARATOR_TOKENS, BackdropProcessor
 
 # LLaVA's parameter names, in the layout before transformers 4.52 and in the ones since.
 KEY_MAPPING = {

@@ -11,6 +11,11 @@ import uuid
 from importlib import metadata
 from pathlib import Path
 
+from huggingface_hub.utils import validate_repo_id
+from packaging.requirements import Requirement
+from PIL import Image
+from safetensors import safe_open
+
 import backdrop.modeling
 import backdrop.processing
 from backdrop.modeling.configuration_backdrop import BackdropConfig
@@ -18,10 +23,6 @@ from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.detector_backdrop import DESCRIPTION_NAME
 from backdrop.processing.image_processing_backdrop import DETECTOR_FILES, BackdropImageProcessor
 from backdrop.processing.processing_backdrop import BackdropProcessor
-from huggingface_hub.utils import validate_repo_id
-from packaging.requirements import Requirement
-from PIL import Image
-from safetensors import safe_open
 
 from .convert import extend_model
 from .model_card import licence_text, model_card, notice_text

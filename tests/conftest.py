@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import transformers
+
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.detector_backdrop import Detections
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor

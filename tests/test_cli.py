@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
 from backdrop import cli as package
 from backdrop.cli import app, main
 from backdrop.processing.patch_groups_backdrop import looks_like_group
-from PIL import Image
-from typer.testing import CliRunner
 
 COMMANDS = ["split", "convert", "export", "push", "ask", "demo"]
 
@@ -48,8 +49,9 @@ def test_an_error_is_one_line_and_a_non_zero_exit(monkeypatch, capsys, tmp_path,
 
 
 def test_split_writes_json_groups_and_a_picture(monkeypatch, capsys, tmp_path, image_processor):
-    from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
     from test_processing import scene
+
+    from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 
     monkeypatch.setattr(
         BackdropImageProcessor, "from_pretrained", classmethod(lambda cls, *a, **k: image_processor)

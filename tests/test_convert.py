@@ -5,12 +5,13 @@ import json
 import pytest
 import tiny
 import torch
-from backdrop.hub_export.convert import convert
-from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
-from backdrop.processing.processing_backdrop import SEPARATOR_TOKENS, BackdropProcessor
 from safetensors.torch import load_file, save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, pipeline
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from backdrop.hub_export.convert import convert
+from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
+from backdrop.processing.processing_backdrop import SEPARATOR_TOKENS, BackdropProcessor
 
 
 def llava_parts(rows: int):

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from backdrop.processing import detector_backdrop
 from backdrop.processing.detector_backdrop import Detections, ObjectDetector
-from PIL import Image
 
 needs_ultralytics = pytest.mark.skipif(
     importlib.util.find_spec("ultralytics") is None, reason="ultralytics is not installed"

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from packaging.requirements import Requirement
+from PIL import Image
+
 from backdrop.hub_export import export as export_module
 from backdrop.hub_export.convert import chat_template
 from backdrop.hub_export.export import EXPORTED_NAMES, export, export_checkpoint, load_checkpoint
@@ -20,8 +23,6 @@ from backdrop.hub_export.verify import clean_environment
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.patch_groups_backdrop import group_to_image, save_group
 from backdrop.processing.processing_backdrop import IMAGE_TOKEN, SEPARATOR_TOKENS, BackdropProcessor
-from packaging.requirements import Requirement
-from PIL import Image
 
 REPO = "owner/tiny-backdrop"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -3,13 +3,14 @@
 import pytest
 import tiny
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import CLIPVisionModel, Dinov2Model, SiglipVisionModel
+
 from backdrop.hub_export.convert import extend_model
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.grouped_vision_backdrop import encode_groups, plan_rows
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration, BackdropModel
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from transformers import CLIPVisionModel, Dinov2Model, SiglipVisionModel
 
 TOWER_CLASSES = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel, "dinov2": Dinov2Model}
 PREFIX = {"clip": 1, "siglip": 0, "dinov2": 1}

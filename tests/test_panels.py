@@ -4,9 +4,10 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from backdrop.panels import COLUMNS, PanelRow, split_panels
 from backdrop.processing.detector_backdrop import Detections
-from PIL import Image
 
 
 def row(size: int = 168, patch_size: int = 14, found: int = 2, **changes) -> PanelRow:

@@ -2,6 +2,10 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
 from backdrop.processing.patch_groups_backdrop import (
     BACKGROUND,
     METADATA_KEY,
@@ -17,9 +21,6 @@ from backdrop.processing.patch_groups_backdrop import (
     save_group,
     split_patches,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
 
 masks = st.lists(st.booleans(), min_size=16, max_size=16).map(np.array)
 sides = st.sampled_from([56, 59])  # with and without a remainder

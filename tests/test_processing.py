@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
-from backdrop.processing.patch_groups_backdrop import BACKGROUND, OBJECT, group_to_image, save_group
-from backdrop.processing.processing_backdrop import SEPARATOR_TOKENS, BackdropProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
+from backdrop.processing.patch_groups_backdrop import BACKGROUND, OBJECT, group_to_image, save_group
+from backdrop.processing.processing_backdrop import SEPARATOR_TOKENS, BackdropProcessor
 
 SIZES = {"size": {"shortest_edge": tiny.SIDE}, "crop_size": {"height": tiny.SIDE, "width": tiny.SIDE}}
 

@@ -4,13 +4,14 @@ import shutil
 import time
 
 import pytest
+from hub_server import DROP, DROP_AFTER, TOKEN, HubServer
+from huggingface_hub.utils import close_session
+from test_export import tiny_pair
+
 from backdrop.hub_export import push as push_module
 from backdrop.hub_export.export import export
 from backdrop.hub_export.push import PushError, push
 from backdrop.hub_export.verify import verify_in_clean_process
-from hub_server import DROP, DROP_AFTER, TOKEN, HubServer
-from huggingface_hub.utils import close_session
-from test_export import tiny_pair
 
 REPO = "writer/tiny"
 

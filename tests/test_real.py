@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_cli import run
 
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.patch_groups_backdrop import BACKGROUND, OBJECT, covered_patches
-from test_cli import run
 
 pytestmark = pytest.mark.real
 

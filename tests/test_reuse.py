@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from backdrop.modeling.background_cache_backdrop import BackgroundCache, weights_fingerprint
-from backdrop.processing.background_matching_backdrop import BackgroundMatcher
-from backdrop.processing.patch_groups_backdrop import BACKGROUND, OBJECT, patch_staleness, pixel_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_model import batch
 from test_processing import scene
+
+from backdrop.modeling.background_cache_backdrop import BackgroundCache, weights_fingerprint
+from backdrop.processing.background_matching_backdrop import BackgroundMatcher
+from backdrop.processing.patch_groups_backdrop import BACKGROUND, OBJECT, patch_staleness, pixel_mask
 
 # ---- matching
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from backdrop.train.scenes import (
     COLOURS,
     DENSE_LABELS,

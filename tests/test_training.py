@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from datasets import Dataset, Features, Image, List, Value
+from test_processing import groups_of, scene
+from trl import ModelConfig, SFTConfig
+
 from backdrop.hub_export.export import export_checkpoint
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.processing_backdrop import BackdropProcessor
 from backdrop.train.sft import BackdropArguments, build_trainer
 from backdrop.train.trainable import select_trainable, trainable_rows, unused_parameters
-from datasets import Dataset, Features, Image, List, Value
-from test_processing import groups_of, scene
-from trl import ModelConfig, SFTConfig
 
 FEATURES = Features(
     {"images": List(Image()), "messages": List({"role": Value("string"), "content": Value("string")})}

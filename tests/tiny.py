@@ -2,8 +2,6 @@
 
 import numpy as np
 import torch
-from backdrop.modeling.configuration_backdrop import BackdropConfig
-from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -15,6 +13,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
 )
+
+from backdrop.modeling.configuration_backdrop import BackdropConfig
+from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 
 SIDE, PATCH = 56, 14
 PATCHES = (SIDE // PATCH) ** 2

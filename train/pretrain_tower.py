@@ -29,11 +29,12 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from backdrop.modeling.grouped_vision_backdrop import encode_groups
 from torch import nn
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from backdrop.modeling.grouped_vision_backdrop import encode_groups
 
 from . import scenes
 from .scenes import DENSE_LABELS, Split, box_patches, sample_scenes

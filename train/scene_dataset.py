@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
-from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
-from backdrop.processing.patch_groups_backdrop import PatchGroup, group_to_image, save_group
 from datasets import Dataset, Features, Image, List, Value
 from tqdm import tqdm
+
+from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
+from backdrop.processing.patch_groups_backdrop import PatchGroup, group_to_image, save_group
 
 from .scenes import FAMILIES, Scene, background_seeds, render_scene
 

@@ -13,10 +13,11 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
+
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.patch_groups_backdrop import group_to_image
 from backdrop.processing.processing_backdrop import BackdropProcessor
-from tqdm import tqdm
 
 from .scenes import FAMILIES, Question, Scene, background_seeds, render_scene
 

@@ -7,14 +7,15 @@ import argparse
 from pathlib import Path
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import CLIPVisionModel, LlamaConfig, PreTrainedTokenizerFast
+
 from backdrop.hub_export.convert import SEPARATOR_WORDS, chat_template, prepare_tokens
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.detector_backdrop import ObjectDetector
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.processing_backdrop import BackdropProcessor
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import CLIPVisionModel, LlamaConfig, PreTrainedTokenizerFast
 
 from .scenes import sample_scenes
 

@@ -11,13 +11,14 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from backdrop.hub_export.convert import extend_model
-from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
-from backdrop.processing.processing_backdrop import BackdropProcessor
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
+
+from backdrop.hub_export.convert import extend_model
+from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
+from backdrop.processing.processing_backdrop import BackdropProcessor
 
 from .trainable import TrainableCheck, print_trainable, select_trainable, trainable_rows
 

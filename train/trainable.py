@@ -4,11 +4,12 @@ import re
 from collections import defaultdict
 
 import torch
-from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import TrainerCallback
+
+from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 
 
 def unused_parameters(model: BackdropForConditionalGeneration) -> set[str]:
