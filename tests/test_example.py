@@ -1,5 +1,8 @@
 """The committed small model is what this source exports, and it answers."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +36,28 @@ def test_it_answers_about_backgrounds_it_never_saw():
         found = accuracy(evaluate(model, processor, scenes, form))["all"]["accuracy"]
         assert found > 0.6, (form, found)
     assert model.background_cache.stats()["vision_tokens_reused"] > 0
+
+
+@pytest.mark.real
+def test_the_demo_ends_with_answers_reuse_and_times(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "backdrop",
+        "demo",
+        "--frames",
+        "20",
+        "--model",
+        FOLDER,
+        "--json",
+        "--show",
+        tmp_path,
+    ]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert len(figures["answers"]) == 20 and figures["answers"][0]["background"] == "miss"
+    assert figures["background_hits"] >= 10 and figures["share_of_vision_tokens_reused"] > 0.2
+    assert figures["right"] >= 10 and abs(figures["right"] - figures["right_cold"]) <= 4
+    assert figures["first_token_reused_ms"] > 0 and figures["first_token_cold_ms"] > 0
+    assert (tmp_path / "frames.png").is_file() and (tmp_path / "frame-19.png").is_file()

@@ -111,6 +111,20 @@ def accuracy(records: list[dict], key: str | None = None) -> dict:
     return {name: {"accuracy": sum(v) / len(v), "questions": len(v)} for name, v in sorted(groups.items())}
 
 
+def markdown(report: dict) -> str:
+    """The accuracies of a report as a Markdown table, a column per form."""
+    lines = ["| exact match | questions | " + " | ".join(FORMS) + " |", "|---|---:|" + "---:|" * len(FORMS)]
+    sections = [("all", {"all": report[FORMS[0]]["overall"]}, "overall")]
+    sections += [(key, report[FORMS[0]][key], key) for key in ("by_family", "by_about", "by_topic")]
+    for title, rows, key in sections:
+        for name in rows:
+            cells = [report[form][key] if key == "overall" else report[form][key][name] for form in FORMS]
+            label = "**all**" if title == "all" else f"{title.removeprefix('by_')} {name}"
+            figures = " | ".join(f"{cell['accuracy']:.1%}" for cell in cells)
+            lines.append(f"| {label} | {cells[0]['questions']} | {figures} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -152,6 +166,7 @@ def main() -> None:
         print(f"{form}: {report[form]['overall']}")
     if options.out:
         options.out.write_text(json.dumps(report, indent=2) + "\n")
+    print(markdown(report))
 
 
 if __name__ == "__main__":
