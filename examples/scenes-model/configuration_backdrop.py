@@ -1,0 +1,128 @@
+"""Configuration of Backdrop, a LLaVA-style model whose image patches come in groups."""
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+# Tokens that a tower puts before its patch tokens (CLS), by the tower's `model_type`.
+TOWER_PREFIX_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1}
+# LLaVA-1.5 pads Llama's 32,000 rows so that the placeholder fits.
+DEFAULT_TEXT = {"model_type": "llama", "vocab_size": 32064}
+
+
+class BackdropConfig(PreTrainedConfig):
+    """Everything that decides which function the model computes.
+
+    The fields that LLaVA has too carry LLaVA's names, so that a converted checkpoint reads the same.
+
+    Fields:
+        vision_config, text_config: configurations of the tower (CLIP, SigLIP or DINOv2) and of the decoder.
+        image_token_id: id of the `<image>` placeholder; each one is replaced by one patch token.
+        separator_token_ids: ids of [BG_START], [BG_END], [OBJ_START], [OBJ_END]; None: no separators.
+        vision_feature_layer: index into the tower's hidden states (0 = embeddings), or several to concatenate.
+        vision_feature_select_strategy: "default" drops the CLS token of each group, "full" keeps it.
+        separate_vision_towers: object groups have a tower of their own (started as a copy).
+        separate_projectors: object groups have a projector of their own (started as a copy).
+        num_prefusion_layers: decoder layers before the language model, over image and text tokens.
+        prefusion_rotary: whether those layers see rotary positions.
+        trained_on_groups: False for a converted, not yet finetuned model, which warns once when it splits.
+    """
+
+    model_type = "backdrop"
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 32000
+    separator_token_ids: list[int] | None = None
+    projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
+    vision_feature_layer: int | list[int] = -2
+    vision_feature_select_strategy: str = "default"
+    separate_vision_towers: bool = False
+    separate_projectors: bool = False
+    num_prefusion_layers: int = 0
+    prefusion_rotary: bool = True
+    trained_on_groups: bool = False
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        self.vision_config = _sub_config(self.vision_config, "vision_config", "clip_vision_model")
+        self.text_config = _sub_config(self.text_config or DEFAULT_TEXT, "text_config", "llama")
+        # LLaVA's configurations keep this switch in the text part.
+        if self.text_config.tie_word_embeddings:
+            self.tie_word_embeddings = True
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        tower = self.vision_config.model_type
+        if tower not in TOWER_PREFIX_TOKENS:
+            raise ValueError(
+                f"vision_config.model_type is {tower!r}; groups can be encoded apart by {sorted(TOWER_PREFIX_TOKENS)}."
+            )
+        if self.vision_feature_select_strategy not in ("default", "full"):
+            raise ValueError(
+                f"vision_feature_select_strategy is {self.vision_feature_select_strategy!r}; wanted 'default' or 'full'."
+            )
+        if self.vision_feature_select_strategy == "default" and TOWER_PREFIX_TOKENS[tower] == 0:
+            raise ValueError(
+                f"vision_feature_select_strategy='default' drops the CLS token, which {tower!r} does not have; "
+                "wanted 'full'."
+            )
+        depth = self.vision_config.num_hidden_layers
+        for layer in self.feature_layers:
+            if not -depth - 1 <= layer <= depth:
+                raise ValueError(f"vision_feature_layer is {layer}; the tower has {depth} layers.")
+        if self.num_prefusion_layers < 0:
+            raise ValueError(f"num_prefusion_layers is {self.num_prefusion_layers}; wanted 0 or more.")
+        if self.separator_token_ids is not None and len(self.separator_token_ids) != 4:
+            raise ValueError(
+                f"separator_token_ids has {len(self.separator_token_ids)} ids; wanted the 4 of "
+                "[BG_START], [BG_END], [OBJ_START], [OBJ_END]."
+            )
+        vocab_size = self.text_config.vocab_size
+        for name, token_id in self.special_token_ids.items():
+            if not 0 <= token_id < vocab_size:
+                raise ValueError(
+                    f"{name} has the token id {token_id}, but the embedding table has {vocab_size} rows: "
+                    "it is too small for its tokenizer. Resize the token embeddings and save the model again."
+                )
+
+    @property
+    def feature_layers(self) -> list[int]:
+        """`vision_feature_layer` as a list."""
+        layers = self.vision_feature_layer
+        return [layers] if isinstance(layers, int) else list(layers)
+
+    @property
+    def special_token_ids(self) -> dict[str, int]:
+        """Placeholder and separators by name."""
+        names = ("[BG_START]", "[BG_END]", "[OBJ_START]", "[OBJ_END]")
+        return {
+            "<image>": self.image_token_id,
+            **dict(zip(names, self.separator_token_ids or (), strict=False)),
+        }
+
+    @property
+    def num_patches(self) -> int:
+        """P: patches in the tower's grid."""
+        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+
+    @property
+    def extra_tokens_per_group(self) -> int:
+        """Tokens that a group yields beyond its patches (the CLS token, when it is kept)."""
+        if self.vision_feature_select_strategy == "default":
+            return 0
+        return TOWER_PREFIX_TOKENS[self.vision_config.model_type]
+
+
+def _sub_config(value: dict | PreTrainedConfig | None, name: str, default_type: str) -> PreTrainedConfig:
+    if isinstance(value, PreTrainedConfig):
+        return value
+    values = dict(value or {})
+    model_type = values.pop("model_type", default_type)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"{name}.model_type is {model_type!r}; wanted a model type that transformers knows.")
+    return CONFIG_MAPPING[model_type](**values)
+
+
+__all__ = ["BackdropConfig"]

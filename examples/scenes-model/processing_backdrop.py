@@ -1,0 +1,175 @@
+"""Images and text to the model's inputs: groups, expanded placeholders, separators."""
+
+import os
+
+import transformers
+from transformers import AutoTokenizer
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.tokenization_utils_base import AddedToken
+
+from .image_processing_backdrop import BackdropImageProcessor
+
+IMAGE_TOKEN = "<image>"
+SEPARATOR_TOKENS = ("[BG_START]", "[BG_END]", "[OBJ_START]", "[OBJ_END]")
+
+
+class BackdropProcessor(ProcessorMixin):
+    """Image processor and tokenizer in one.
+
+    Each `<image>` of a prompt stands for one item: an ordinary image, or a patch group. It expands to
+    `[BG_START]<image>*n[BG_END][OBJ_START]<image>*m[OBJ_END]`, with exactly the groups that the item became.
+
+    Args:
+        image_processor: a `BackdropImageProcessor`.
+        tokenizer: its vocabulary holds `<image>` and, with separators, their four tokens, as special tokens.
+        use_separators: False: groups follow each other bare.
+        extra_tokens_per_group: placeholders of a group beyond its patches (1 where the model keeps the CLS token).
+        chat_template: Jinja.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        use_separators=True,
+        extra_tokens_per_group=0,
+        chat_template=None,
+        **kwargs,
+    ):
+        self.use_separators = use_separators
+        self.extra_tokens_per_group = extra_tokens_per_group
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = _token_id(tokenizer, IMAGE_TOKEN)
+        self.separator_token_ids = (
+            [_token_id(tokenizer, token) for token in SEPARATOR_TOKENS] if use_separators else None
+        )
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    # ---- matching, one call away
+
+    @property
+    def background_matching(self):
+        """The `BackgroundMatcher`, None while it is off."""
+        return self.image_processor.background_matching
+
+    def enable_background_matching(self, tolerance: float = 0.0, **options):
+        """See `BackdropImageProcessor.enable_background_matching`."""
+        return self.image_processor.enable_background_matching(tolerance, **options)
+
+    def disable_background_matching(self) -> None:
+        """See `BackdropImageProcessor.disable_background_matching`."""
+        self.image_processor.disable_background_matching()
+
+    # ---- hooks of ProcessorMixin.__call__
+
+    def validate_inputs(self, images=None, text=None, **kwargs):
+        """One `<image>` per item, no more and no fewer, named before any work is done."""
+        super().validate_inputs(images=images, text=text, **kwargs)
+        if text is None:
+            return
+        texts = [text] if isinstance(text, str) else list(text)
+        placeholders = sum(sample.count(self.image_token) for sample in texts)
+        items = 0 if images is None else len(self.image_processor._prepare_images_structure(images))
+        if placeholders != items:
+            raise ValueError(
+                f"The prompts have {placeholders} {self.image_token} placeholders for {items} images; wanted one each."
+            )
+
+    def apply_chat_template(self, conversation, *args, return_assistant_tokens_mask: bool = False, **kwargs):
+        """As transformers'. Marks of assistant tokens need a version that moves them with the placeholders."""
+        if return_assistant_tokens_mask and not hasattr(ProcessorMixin, "_adjust_assistant_masks_indices"):
+            raise ValueError(
+                f"transformers {transformers.__version__} puts assistant masks at wrong tokens where placeholders are "
+                "expanded; upgrade it, or train on prompt/completion rows (completion_only_loss)."
+            )
+        return super().apply_chat_template(
+            conversation, *args, return_assistant_tokens_mask=return_assistant_tokens_mask, **kwargs
+        )
+
+    def _adjust_assistant_masks_indices(self, processed_dict, generation_indices):
+        # The base class walks the offsets one by one, which on a tensor takes most of a collator's time.
+        offsets = processed_dict["offset_mapping"]
+        processed_dict["offset_mapping"] = offsets if isinstance(offsets, list) else offsets.tolist()
+        return super()._adjust_assistant_masks_indices(processed_dict, generation_indices)
+
+    def _process_images(self, images, **kwargs):
+        processed = self.image_processor(images, **kwargs)
+        replacements = [
+            self.replace_image_token(processed, image_idx=i)
+            for i in range(len(processed["groups_per_image"]))
+        ]
+        return processed, replacements
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """What one item's `<image>` expands to."""
+        counts = [int(count) for count in image_inputs["groups_per_image"]]
+        first = sum(counts[:image_idx])
+        return "".join(
+            self.expand_group(int(image_inputs["patch_mask"][g].sum()), int(image_inputs["group_kind"][g]))
+            for g in range(first, first + counts[image_idx])
+        )
+
+    def expand_group(self, num_patches: int, kind: int) -> str:
+        """Placeholders and separators of one group; the one place that counts tokens."""
+        placeholders = self.image_token * (num_patches + self.extra_tokens_per_group)
+        if not self.use_separators:
+            return placeholders
+        start, end = SEPARATOR_TOKENS[2 * kind : 2 * kind + 2]
+        return f"{start}{placeholders}{end}"
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        """The item -> groups map is the processor's own."""
+        return ["groups_per_image"]
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
+        """Upper bound of the tokens per item: two groups, both with their extras and separators."""
+        if image_sizes is None:
+            return MultiModalData()
+        processor = self.image_processor
+        grid = processor._side(processor._with_defaults({})) // processor.patch_size
+        # A matched image repeats stale patches in both groups, an overlapping split its ring.
+        tokens = 2 * grid * grid + 2 * self.extra_tokens_per_group + 4 * self.use_separators
+        return MultiModalData(
+            num_image_tokens=[tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+        )
+
+    # ---- saving and loading
+
+    @staticmethod
+    def add_tokens(tokenizer, use_separators: bool = True) -> int:
+        """Adds the placeholder and the separators as special tokens; how many were new."""
+        names = (IMAGE_TOKEN, *(SEPARATOR_TOKENS if use_separators else ()))
+        return tokenizer.add_tokens(
+            [AddedToken(name, special=True, normalized=False) for name in names], True
+        )
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As transformers', and the detector's weights with it."""
+        os.makedirs(save_directory, exist_ok=True)
+        self.image_processor.save_detector(save_directory)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        # Straight to the sibling class: through AutoImageProcessor it would be a second module object with hub code,
+        # and unknown without it.
+        image_processor = BackdropImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return [image_processor, AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)]
+
+
+def _token_id(tokenizer, token: str) -> int:
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    if (
+        token_id is None
+        or token_id == tokenizer.unk_token_id
+        or tokenizer.convert_ids_to_tokens(token_id) != token
+    ):
+        raise ValueError(
+            f"The tokenizer has no token {token!r}; add it with BackdropProcessor.add_tokens(tokenizer), resize the "
+            "model's token embeddings, and save both."
+        )
+    return token_id
+
+
+__all__ = ["BackdropProcessor"]
