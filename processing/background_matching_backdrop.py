@@ -278,12 +278,11 @@ class BackgroundMatcher:
             del self._trackers[known]
         while len(self._trackers) > TRACKED_REFERENCES:
             self._trackers.popitem(last=False)
-        pixels, owned = tracker.proposal(old.pixels, ~match.fresh)
-        if tracker.wasted < owned.sum():
+        if not tracker.pays(old.patch_mask):
             return match
+        pixels, owned = tracker.proposal(old.pixels, old.patch_mask)
         same, staleness = reusable_patches(pixels, image, self.patch_size, self.tolerance)
         fresh = ~(same & owned)
-        tracker.wasted = 0
         if fresh.sum() >= match.fresh.sum():  # what was wasted lies in the past
             return match
         namespace = self._scope.get()[0]

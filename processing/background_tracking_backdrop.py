@@ -1,10 +1,10 @@
 """How a reference improves: what the frames that matched it show, averaged, and when adopting that pays.
 
 A reference begins as one frame: noisy, and blind where an object stood. Each frame that matches it updates a running
-mean of every patch, begun anew where the patch changed. Patches that stayed the same for a few frames are *settled*:
-a reference with those pixels would have been reused there. Adopting it costs one encoding of the background, so it
-pays once the patches that were encoded freshly though settled add up to as many as that (the break-even rule of the
-ski-rental problem: never more than twice the cost of knowing the future).
+mean of every patch, begun anew where the patch changed. A patch that stayed the same for a while is *settled*: a
+reference with those pixels would have been reused there. Adopting it costs one encoding of the background, so it pays
+once the times that settled patches were encoded freshly, since they last changed, add up to as many as that (the
+break-even rule of the ski-rental problem). What merely passes by, however slowly, starts at zero with each change.
 """
 
 import numpy as np
@@ -13,6 +13,8 @@ from .patch_groups_backdrop import pixel_mask, reusable_patches
 
 WINDOW = 16  # frames in the running mean: noise falls to a quarter, slow drift is still followed
 SETTLED = 4  # frames without a change
+# The same for a patch that the reference owns: what it had there before may well come back.
+SETTLED_OVER_KNOWN = 16
 
 
 class BackgroundTracker:
@@ -32,7 +34,7 @@ class BackgroundTracker:
         # With tolerance 0 a patch is the same pixels or another patch: nothing to average.
         self.mean = self._cells(image).astype(np.float32) if tolerance > 0 else None  # [g, p, g, 3 p]
         self.frames = np.ones(grid * grid, dtype=np.int32)  # since the last change
-        self.wasted = 0
+        self.wasted = np.zeros(grid * grid, dtype=np.int32)  # fresh encodings since the last change
 
     @property
     def num_bytes(self) -> int:
@@ -42,7 +44,7 @@ class BackgroundTracker:
     def update(self, image: np.ndarray, fresh: np.ndarray) -> None:
         """Takes in a matched frame uint8 `[S, S, 3]` whose `fresh [P]` patches were encoded."""
         unchanged, _ = reusable_patches(self.estimate, image, self.patch_size, self.tolerance)
-        self.wasted += int((fresh & unchanged & self.settled).sum())
+        self.wasted = np.where(unchanged, self.wasted + fresh, 0)
         self.frames = np.where(unchanged, self.frames + 1, 1)
         cells, estimate = self._cells(image), self._cells(self.estimate)
         if self.mean is None:
@@ -67,21 +69,26 @@ class BackgroundTracker:
             (*inner.strides[:2], self.patch_size * 3 * inner.strides[2], inner.strides[2]),
         )
 
-    @property
-    def settled(self) -> np.ndarray:
-        """Bool `[P]`."""
-        return self.frames >= SETTLED
+    def settled(self, owned: np.ndarray) -> np.ndarray:
+        """Bool `[P]`, given the patches `owned [P]` by the reference."""
+        return self.frames >= np.where(owned, SETTLED_OVER_KNOWN, SETTLED)
 
-    def proposal(self, pixels: np.ndarray, reusable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def pays(self, owned: np.ndarray) -> bool:
+        """Whether a better reference would by now have saved what it costs."""
+        settled = self.settled(owned)
+        return bool(self.wasted[settled].sum() >= (owned | settled).sum())
+
+    def proposal(self, pixels: np.ndarray, owned: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A better reference: settled patches as averaged, others as the current reference has them.
 
         Args:
             pixels: uint8 `[S, S, 3]`, the current reference's.
-            reusable: bool `[P]`, its patches that the latest frame reused.
+            owned: bool `[P]`, its patches.
 
         Returns:
             uint8 `[S, S, 3]` and the patches it owns, bool `[P]`.
         """
-        settled = pixel_mask(self.settled, pixels.shape[0], self.patch_size)
-        return np.where(settled[..., None], self.estimate, pixels), self.settled | reusable
-
+        settled = self.settled(owned)
+        mask = pixel_mask(settled, pixels.shape[0], self.patch_size)
+        self.wasted[:] = 0
+        return np.where(mask[..., None], self.estimate, pixels), settled | owned

@@ -105,7 +105,7 @@ def test_the_reference_with_the_least_to_compute_is_chosen():
 
 
 def test_namespaces_bypass_clear_ttl_and_bytes(image_processor, detector):
-    matcher = image_processor.enable_background_matching(tolerance=0, max_references=2, ttl=1000)
+    matcher = image_processor.enable_background_matching(tolerance=0, max_references=4, ttl=1000)
     with matcher.scope(namespace="a"):
         image_processor.image_groups([scene(14, 14)])
     with matcher.scope(namespace="b"):
@@ -119,11 +119,23 @@ def test_namespaces_bypass_clear_ttl_and_bytes(image_processor, detector):
     for step in range(5):
         matcher.add(np.full((56, 56, 3), step, dtype=np.uint8), np.ones(16, dtype=bool))
     assert matcher.stats()["references"] == 4
-    assert matcher.stats()["bytes"] == 4 * (56 * 56 * 3 + 16)
-    matcher.ttl = -1
-    with matcher.scope(namespace="a"):
+    assert matcher.stats()["file_bytes"] == 4 * (56 * 56 * 3 + 16)
+    with matcher.scope(namespace="a"):  # the least recently used went first, whoever's it was
         assert matcher.match(np.asarray(scene(14, 14))) is None
     matcher.clear()
+    assert matcher.stats()["references"] == 0 == matcher.stats()["bytes"]
+
+
+def test_references_expire(image_processor, monkeypatch):
+    matcher = image_processor.enable_background_matching(tolerance=0, ttl=100)
+    now = [0.0]
+    monkeypatch.setattr("backdrop.processing.reference_store_backdrop.time.monotonic", lambda: now[0])
+    image = np.asarray(scene(14, 14))
+    matcher.add(image, np.ones(16, dtype=bool))
+    now[0] = 99
+    assert matcher.match(image) is not None
+    now[0] = 101
+    assert matcher.match(image) is None and matcher.stats()["expired"] == 1
     assert matcher.stats()["references"] == 0
 
 
@@ -143,6 +155,7 @@ def test_a_caller_that_draws_into_its_frame_changes_no_reference():
         ({"max_overridden": 2}, "max_overridden is 2"),
         ({"detect": "never"}, "detect is 'never'"),
         ({"max_references": 0}, "max_references is 0"),
+        ({"ttl": 0}, "ttl is 0"),
     ],
 )
 def test_bad_matching_options_are_named(image_processor, options, message):
@@ -163,13 +176,13 @@ def test_the_byte_budget_holds_and_the_oldest_goes_first(steps, budget):
         cache.put("tokens", key, (value,))
         model[key] = value
         assert cache.stats()["bytes"] <= budget
-        stored = sum(t.numel() * 4 for v in cache._entries.values() for t in v)
+        stored = sum(t.numel() * 4 for v in cache._device.entries.values() for t in v.tensors)
         assert stored == cache.stats()["bytes"]
         for known, expected in model.items():
-            found = cache._entries.get(("tokens", known))
-            assert found is None or torch.equal(found[0], expected)
+            found = cache._device.entries.get(("tokens", known))
+            assert found is None or torch.equal(found.tensors[0], expected)
         if size * 4 <= budget:
-            assert ("tokens", key) in cache._entries
+            assert ("tokens", key) in cache._device.entries
     cache.clear()
     assert cache.stats()["entries"] == 0 == cache.stats()["bytes"]
 
@@ -385,7 +398,7 @@ def test_stored_values_are_never_written():
     inputs = batch(model)
     model.enable_background_cache(10**7)
     generate(model, inputs)
-    kept = {key: [t.clone() for t in value] for key, value in model.background_cache._entries.items()}
+    kept = {key: [t.clone() for t in value.tensors] for key, value in model.background_cache._device.entries.items()}
     for options in (
         {},
         {"num_beams": 3},
@@ -400,7 +413,7 @@ def test_stored_values_are_never_written():
         generate(model, one if single else inputs, **options)
     for key, tensors in kept.items():
         assert all(
-            torch.equal(a, b) for a, b in zip(tensors, model.background_cache._entries[key], strict=True)
+            torch.equal(a, b) for a, b in zip(tensors, model.background_cache._device.entries[key].tensors, strict=True)
         )
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks of Backdrop against transformers' own LLaVA."""
