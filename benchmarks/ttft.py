@@ -313,19 +313,27 @@ def sharing_backdrop(llava: LlavaForConditionalGeneration) -> BackdropForConditi
     )
     with torch.device("meta"):
         model = BackdropForConditionalGeneration(config)
-    # Whole modules, because buffers that no state dict holds (rotary frequencies) would stay on the meta device.
-    model.model.vision_tower = llava.model.vision_tower
-    model.model.language_model = llava.model.language_model
-    model.model.multi_modal_projector.load_state_dict(
-        llava.model.multi_modal_projector.state_dict(), assign=True
+    theirs = llava.model
+    pairs = (
+        (model.model.vision_tower, theirs.vision_tower),
+        (model.model.multi_modal_projector, theirs.multi_modal_projector),
+        (model.model.language_model, theirs.language_model),
+        (model.lm_head, llava.lm_head),
     )
-    model.lm_head = llava.lm_head
-    model.generation_config = llava.generation_config
-    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    # Tensors, not modules: a hook that transformers hangs on LLaVA's must not run in ours. And not by state dict,
+    # which lacks the buffers that are never saved (rotary frequencies).
+    for own, other in pairs:
+        modules = dict(other.named_modules())
+        for name, module in own.named_modules():
+            module._parameters.update(modules[name]._parameters)
+            module._buffers.update(modules[name]._buffers)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    missing = [name for name, tensor in tensors if tensor.is_meta]
     if missing:
         raise RuntimeError(
             f"{len(missing)} tensors have no weights in LLaVA ({missing[0]}); wanted all shared."
         )
+    model.generation_config = llava.generation_config
     return model.eval().requires_grad_(False)
 
 
@@ -554,16 +562,22 @@ def build_bench(shape_name: str, device: str, dtype: str) -> Bench:
     return Bench(shape_name, device, dtype, contenders, detector)
 
 
+def _hit_counts(contender: Contender) -> dict[str, int]:
+    """Counters of a matched mode's cache and matcher."""
+    stats = contender.model.background_cache.stats()
+    counts = {name: stats[name] for name in ("tokens_hits", "tokens_misses", "prefix_hits", "prefix_misses")}
+    return {**counts, "matches": contender.processor.background_matching.stats()["matches"]}
+
+
 def _hit_seconds(contender: Contender, frames: Sequence[Frame], backgrounds: int) -> tuple[float, dict]:
     """As `first_token`, for a matched mode.
 
     Raises:
         RuntimeError: a background was not known, or prefixes were used where they are off.
     """
-    cache, matcher = contender.model.background_cache, contender.processor.background_matching
-    before = {**matcher.stats(), **cache.stats()}
+    before = _hit_counts(contender)
     seconds, inputs = contender.first_token(frames)
-    after = {**matcher.stats(), **cache.stats()}
+    after = _hit_counts(contender)
     grew = {name: after[name] - before[name] for name in after}
     # A background that comes twice in a batch may be looked up once.
     wanted = {"tokens": backgrounds, "prefix": backgrounds if contender.mode == "tokens+prefix" else 0}

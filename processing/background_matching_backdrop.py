@@ -10,13 +10,13 @@ import contextvars
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers.utils import logging
 
 from .background_tracking_backdrop import BackgroundTracker
-from .patch_groups_backdrop import reusable_patches
+from .patch_groups_backdrop import pixel_mask, reusable_patches
 from .reference_store_backdrop import Reference, ReferenceStore
 
 logger = logging.get_logger(__name__)
@@ -164,7 +164,7 @@ class BackgroundMatcher:
                 if reference_id not in self._store:  # evicted by another thread meanwhile
                     continue
                 reference = self._store.read(reference_id)
-            found = self._compare(reference, image)
+            found = self._compare(reference, image) or self._compare_improved(reference, image)
             if found is not None and (best is None or found.fresh.sum() < best.fresh.sum()):
                 best = found
         return best
@@ -176,6 +176,16 @@ class BackgroundMatcher:
         if reusable.mean() < self.min_reuse or overridden > self.max_overridden:
             return None
         return Match(reference, ~reusable, staleness)
+
+    def _compare_improved(self, reference: Reference, image: np.ndarray) -> Match | None:
+        """What a reference that has gone too stale shows by now, if its frames were followed."""
+        with self._lock:
+            tracker = self._trackers.get(reference.reference_id) if self.refresh else None
+            if tracker is None:
+                return None
+            pixels, owned = tracker.proposal(reference.pixels, reference.patch_mask)
+        match = self._compare(Reference(pixels, owned, reference.reference_id), image)
+        return None if match is None else replace(match, refreshed=True)
 
     def accept(self, image: np.ndarray, match: Match, objects: np.ndarray | None = None) -> Match:
         """Counts a match, learns from the image, and improves the reference where that pays by now.
@@ -267,7 +277,7 @@ class BackgroundMatcher:
     def _learn(self, image: np.ndarray, match: Match) -> Match:
         old = match.reference
         if old.reference_id not in self._store:
-            return match
+            return match  # evicted, or replaced by another thread: what was found holds all the same
         tracker = self._trackers.pop(old.reference_id, None)
         if tracker is None:
             tracker = BackgroundTracker(image, self.patch_size, self.tolerance)
@@ -278,28 +288,28 @@ class BackgroundMatcher:
             del self._trackers[known]
         while len(self._trackers) > TRACKED_REFERENCES:
             self._trackers.popitem(last=False)
-        if not tracker.pays(old.patch_mask):
-            return match
-        pixels, owned = tracker.proposal(old.pixels, old.patch_mask)
-        same, staleness = reusable_patches(pixels, image, self.patch_size, self.tolerance)
-        fresh = ~(same & owned)
-        if fresh.sum() >= match.fresh.sum():  # what was wasted lies in the past
+        improved = match if match.refreshed else None
+        if improved is None and tracker.pays(old.patch_mask):
+            tracker.wasted[:] = 0
+            pixels, owned = tracker.proposal(old.pixels, old.patch_mask)
+            same, staleness = reusable_patches(pixels, image, self.patch_size, self.tolerance)
+            improved = Match(Reference(pixels, owned, old.reference_id), ~(same & owned), staleness)
+            if improved.fresh.sum() >= match.fresh.sum():  # what was wasted lies in the past
+                improved = None
+        if improved is None:
             return match
         namespace = self._scope.get()[0]
         self._store.remove(old.reference_id)
         del self._trackers[old.reference_id]
-        reference = self._store.add(namespace, pixels, owned)
+        pixels, owned = improved.reference.pixels, improved.reference.patch_mask
+        shown = np.where(pixel_mask(owned, image.shape[0], self.patch_size)[..., None], pixels, image)
+        reference = self._store.add(namespace, shown, owned)
         if reference is None:
-            return match
+            return improved
+        tracker.wasted[:] = 0
         self._trackers[reference.reference_id] = tracker
-        logger.info(
-            "background %d replaced by %d: %d patches to encode instead of %d",
-            old.reference_id,
-            reference.reference_id,
-            fresh.sum(),
-            match.fresh.sum(),
-        )
-        return Match(reference, fresh, staleness, refreshed=True)
+        logger.info("background %d replaced by %d", old.reference_id, reference.reference_id)
+        return Match(reference, improved.fresh, improved.staleness, refreshed=True)
 
     def _report(self, *values) -> None:
         if self.observer is not None:

@@ -14,7 +14,7 @@ from .patch_groups_backdrop import pixel_mask, reusable_patches
 WINDOW = 16  # frames in the running mean: noise falls to a quarter, slow drift is still followed
 SETTLED = 4  # frames without a change
 # The same for a patch that the reference owns: what it had there before may well come back.
-SETTLED_OVER_KNOWN = 16
+SETTLED_OVER_KNOWN = 8
 
 
 class BackgroundTracker:
@@ -89,6 +89,8 @@ class BackgroundTracker:
             uint8 `[S, S, 3]` and the patches it owns, bool `[P]`.
         """
         settled = self.settled(owned)
-        mask = pixel_mask(settled, pixels.shape[0], self.patch_size)
-        self.wasted[:] = 0
+        # Where the reference shows the same still, its mean is the better picture of it.
+        same, _ = reusable_patches(pixels, self.estimate, self.patch_size, self.tolerance)
+        adopted = settled | (owned & same & (self.frames >= SETTLED))
+        mask = pixel_mask(adopted, pixels.shape[0], self.patch_size)
         return np.where(mask[..., None], self.estimate, pixels), settled | owned

@@ -162,6 +162,10 @@ class TestModels:
             assert {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())} == wanted
             assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in llava.parameters())
 
+    def test_a_hook_on_llava_is_not_backdrops(self, bench):
+        llava, model = bench.contenders["llava"].model, bench.contenders["cold"].model
+        assert not set(map(id, llava.modules())) & set(map(id, model.modules()))
+
     def test_tied_embeddings_stay_tied(self):
         text = {**TINY.text, "tie_word_embeddings": True}
         shape = ttft.Shape(TINY.vision, text, TINY.source)
