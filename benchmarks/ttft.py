@@ -25,11 +25,8 @@ import gc
 import importlib.metadata
 import importlib.util
 import json
-import os
-import platform
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -66,6 +63,8 @@ from backdrop.processing.detector_backdrop import Detections, ObjectDetector
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.patch_groups_backdrop import OBJECT
 from backdrop.processing.processing_backdrop import IMAGE_TOKEN, SEPARATOR_TOKENS, BackdropProcessor
+
+from .report import machine, versions, write_atomically, write_json_atomically
 
 MODES = ("llava", "cold", "tokens", "tokens+prefix")
 MATCHED_MODES = MODES[2:]
@@ -754,41 +753,10 @@ def run_ttft(
                 tqdm.write(_summary(new), file=sys.stderr)
             progress.update()
     if markdown_path is not None:
-        _write_atomically(markdown_path, render_markdown(rows))
+        write_atomically(markdown_path, render_markdown(rows))
     if plot_path is not None:
         render_plot(rows, plot_path)
     return rows
-
-
-def machine(device: str) -> dict:
-    """Name of the processor and the GPU, cores, threads, memory in GiB."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        found = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        cpu = found[0].split(":", 1)[1].strip() if found else cpu
-    result = {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-    }
-    if _is_cuda(device):
-        gpu = torch.cuda.get_device_properties(torch.device(device))
-        result |= {"gpu": gpu.name, "gpu_memory_gib": round(gpu.total_memory / 2**30, 1)}
-    return result
-
-
-def versions() -> dict:
-    """Of what was run; Backdrop's is git's description where it runs from a checkout."""
-    folder = Path(__file__).resolve().parent.parent
-    backdrop = importlib.metadata.version("backdrop-vlm")
-    if (folder / ".git").exists() and shutil.which("git"):
-        command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
-        described = subprocess.run(command, capture_output=True, text=True)
-        backdrop = described.stdout.strip() or backdrop
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "ultralytics")}
-    return {**packages, "backdrop": backdrop, "python": platform.python_version()}
 
 
 def _command() -> str:
@@ -844,15 +812,7 @@ def _read_rows(path: Path | None) -> list[dict]:
 
 def _write_json(path: Path | None, rows: list[dict]) -> None:
     if path is not None:
-        _write_atomically(path, json.dumps(rows, indent=1) + "\n")
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text)
-    os.replace(partial, path)
+        write_json_atomically(path, rows)
 
 
 def _summary(rows: list[dict]) -> str:

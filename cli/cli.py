@@ -189,14 +189,190 @@ def ask(
     reuse: Annotated[bool, typer.Option(help="Reuse backgrounds from one image to the next.")] = False,
     tolerance: Annotated[float, typer.Option(help="Largest staleness that is reused, grey levels.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 64,
+    show: Annotated[
+        Path | None,
+        typer.Option(help="With --reuse: folder for a picture of each frame's reused and fresh patches."),
+    ] = None,
+    cache_folder: Annotated[
+        Path | None, typer.Option(help="With --reuse: folder for backgrounds that outlive the command.")
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Ask one question about each image."""
     from .demo import Asker, print_answers
 
-    asker = Asker(model, reuse=reuse, tolerance=tolerance)
+    if not reuse and (show is not None or cache_folder is not None):
+        raise ValueError("--show and --cache-folder tell of reuse: add --reuse.")
+    asker = Asker(model, reuse=reuse, tolerance=tolerance, show=show, cache_folder=cache_folder)
     answers = [asker.ask(str(frame), question, max_new_tokens, name=frame.name) for frame in frames]
     print_answers(answers, as_json=json_output)
+    asker.close()
+
+
+bench = typer.Typer(
+    no_args_is_help=True, help="Measure: time to first token, a camera's recording, matching."
+)
+cache = typer.Typer(no_args_is_help=True, help="Look after a folder of stored backgrounds.")
+app.add_typer(bench, name="bench")
+app.add_typer(cache, name="cache")
+
+JsonFile = Annotated[Path | None, typer.Option("--json", help="File for the figures.")]
+Plot = Annotated[Path | None, typer.Option(help="PNG for a plot.")]
+Markdown = Annotated[Path | None, typer.Option(help="File for a table.")]
+
+
+def _several(text: str, kind: type) -> list:
+    """`"1,4"` -> `[1, 4]`."""
+    return [kind(part.strip()) for part in text.split(",")]
+
+
+@bench.command(epilog="Example: `backdrop bench ttft --shape clip-l+135m --batch 1,4 --json ttft.json`")
+def ttft(
+    shape: Annotated[
+        str, typer.Option("--shape", "--shapes", help="tiny, clip-l+135m, llava-1.5-7b; commas work.")
+    ] = "clip-l+135m",
+    batch: Annotated[str, typer.Option("--batch", "--batches", help="Images a call; commas work.")] = "1",
+    fresh_share: Annotated[
+        str, typer.Option("--fresh-share", "--fresh-shares", help="Shares of patches that changed.")
+    ] = "0.05,0.15,0.3,0.5",
+    repeats: Annotated[int, typer.Option(help="Timed calls of each mode.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    json_file: JsonFile = None,
+    plot: Plot = None,
+    markdown: Markdown = None,
+) -> None:
+    """Time to first token against transformers' LLaVA: cold, vision tokens reused, prefix reused."""
+    from backdrop.benchmarks.ttft import render_markdown, run_ttft
+
+    rows = run_ttft(
+        _several(shape, str),
+        _several(batch, int),
+        _several(fresh_share, float),
+        repeats,
+        device,
+        dtype,
+        threads,
+        json_path=json_file,
+        plot_path=plot,
+        markdown_path=markdown,
+    )
+    typer.echo(render_markdown(rows))
+
+
+@bench.command(epilog="Example: `backdrop bench camera street.mp4 --json street.json --plot street.png`")
+def camera(
+    recording: Annotated[Path, typer.Argument(help="A video, or a folder of images.")],
+    tolerance: Annotated[float, typer.Option(help="Largest staleness that is reused, grey levels.")] = 10.0,
+    min_reuse: Annotated[float, typer.Option(help="Smallest share of patches a match reuses.")] = 0.3,
+    model: Annotated[
+        str | None, typer.Option(help="Backdrop model whose geometry and detector are used.")
+    ] = None,
+    size: Annotated[int, typer.Option(help="Without --model: image side, pixels.")] = 336,
+    patch_size: Annotated[int, typer.Option(help="Without --model: patch side, pixels.")] = 14,
+    max_frames: Annotated[int | None, typer.Option(help="Stop after so many frames.")] = None,
+    loops: Annotated[int, typer.Option(help="Times that the recording is played.")] = 1,
+    json_file: JsonFile = None,
+    maps: Annotated[
+        Path | None,
+        typer.Option(help=".npz of frames, references and fresh patches, to check the bound with."),
+    ] = None,
+    plot: Plot = None,
+) -> None:
+    """Match a real recording frame by frame: what is reused, and how stale it is. No language model."""
+    from backdrop.benchmarks.camera import default_processor, run_camera, summary
+    from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
+
+    processor = (
+        default_processor(size, patch_size)
+        if model is None
+        else BackdropImageProcessor.from_pretrained(model)
+    )
+    figures = run_camera(
+        recording,
+        processor=processor,
+        tolerance=tolerance,
+        min_reuse=min_reuse,
+        json_path=json_file,
+        maps_path=maps,
+        plot_path=plot,
+        max_frames=max_frames,
+        loops=loops,
+    )
+    typer.echo(summary(figures))
+
+
+@bench.command(epilog="Example: `backdrop bench matching --references 1000,100000 --json matching.json`")
+def matching(
+    references: Annotated[str, typer.Option(help="How many known backgrounds; commas work.")] = "1000",
+    queries: Annotated[int, typer.Option(help="Images that are looked up.")] = 100,
+    folder: Annotated[Path | None, typer.Option(help="Where the references' pixels lie.")] = None,
+    json_file: JsonFile = None,
+    markdown: Markdown = None,
+) -> None:
+    """Cost of recognising a background among many."""
+    from backdrop.benchmarks.matching import render_markdown, run_matching
+
+    rows = run_matching(_several(references, int), queries=queries, folder=folder, json_path=json_file)
+    table = render_markdown(rows)
+    if markdown is not None:
+        markdown.write_text(table)
+    typer.echo(table)
+
+
+Folder = Annotated[Path, typer.Argument(help="The folder given to enable_background_cache(folder=...).")]
+
+
+def _folder(path: Path, max_bytes: int = 2**62):
+    from backdrop.modeling.background_folder_backdrop import BackgroundFolder
+
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder; wanted one of stored backgrounds.")
+    return BackgroundFolder(path, max_bytes)
+
+
+@cache.command("stats", epilog="Example: `backdrop cache stats /var/cache/backdrop`")
+def cache_stats(folder: Folder, json_output: Json = False) -> None:
+    """Entries and bytes of a folder."""
+    stats = _folder(folder).stats()
+    figures = {name: stats[name] for name in ("entries", "bytes")}
+    if json_output:
+        typer.echo(json.dumps(figures, indent=2))
+    else:
+        typer.echo(f"{folder}: {figures['entries']} entries, {figures['bytes'] / 2**20:.1f} MiB")
+
+
+@cache.command("prune", epilog="Example: `backdrop cache prune /var/cache/backdrop --max-bytes 1000000000`")
+def cache_prune(
+    folder: Folder,
+    max_bytes: Annotated[int, typer.Option(help="What may stay; the least recently used goes first.")],
+    json_output: Json = False,
+) -> None:
+    """Make a folder smaller, and remove what killed writers left."""
+    if max_bytes < 0:
+        raise ValueError(f"max_bytes is {max_bytes}; wanted 0 or more.")
+    kept = _folder(folder)
+    freed = kept.prune(max_bytes)
+    if json_output:
+        typer.echo(json.dumps({"freed_bytes": freed, "bytes": kept.stats()["bytes"]}, indent=2))
+    else:
+        typer.echo(f"{folder}: {freed / 2**20:.1f} MiB freed, {kept.stats()['bytes'] / 2**20:.1f} MiB left")
+
+
+@cache.command("verify", epilog="Example: `backdrop cache verify /var/cache/backdrop`")
+def cache_verify(folder: Folder, json_output: Json = False) -> None:
+    """Read every entry and check it; exits 1 if one is damaged."""
+    kept = _folder(folder)
+    problems = kept.verify()
+    if json_output:
+        typer.echo(json.dumps({"entries": kept.stats()["entries"], "problems": problems}, indent=2))
+    else:
+        for problem in problems:
+            typer.echo(problem)
+        typer.echo(f"{folder}: {kept.stats()['entries']} entries, {len(problems)} damaged")
+    if problems:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: `backdrop demo --frames 24`")

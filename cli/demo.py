@@ -34,13 +34,33 @@ class Answer:
 class Asker:
     """A model behind its pipeline, with or without reuse."""
 
-    def __init__(self, model: str, reuse: bool, tolerance: float = 0.0):
+    def __init__(
+        self,
+        model: str,
+        reuse: bool,
+        tolerance: float = 0.0,
+        show: Path | None = None,
+        cache_folder: Path | None = None,
+    ):
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()  # the pipeline warns about its own call, at every call
         self.pipe = transformers.pipeline("image-text-to-text", model=model, trust_remote_code=True)
         if reuse:
-            self.pipe.model.enable_background_cache(max_bytes=CACHE_BYTES)
-            self.pipe.processor.enable_background_matching(tolerance=tolerance)
+            self.pipe.model.enable_background_cache(max_bytes=CACHE_BYTES, folder=cache_folder)
+            matcher = self.pipe.processor.enable_background_matching(tolerance=tolerance)
+            matcher.observer = self._hear
+        self.show = show
+        self._reports: list = []
+        self._shown = 0
+
+    def _hear(self, report) -> None:
+        self._reports.append(report)
+
+    def close(self) -> None:
+        """Waits until what is to outlive the process is written."""
+        cache = self.pipe.model.background_cache
+        if cache is not None and cache.folder is not None:
+            cache.folder.flush()
 
     def ask(
         self,
@@ -55,10 +75,13 @@ class Asker:
         content = [{"type": "image", key: image}, {"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
         before = self._counters()
+        self._reports.clear()
         started = time.perf_counter()
         self.pipe(text=messages, return_full_text=False, max_new_tokens=1, do_sample=False)
         first_token = time.perf_counter() - started
         after = self._counters()
+        if self.show is not None:
+            self._draw(name)
         # The whole answer, from what the first token left behind: not part of the measured time.
         text = self.pipe(
             text=messages, return_full_text=False, max_new_tokens=max_new_tokens, do_sample=False
@@ -73,6 +96,16 @@ class Asker:
             share_reused=reused / (reused + computed) if reused + computed else 0.0,
             first_token_s=first_token,
         )
+
+    def _draw(self, name: str) -> None:
+        from .reuse_panels import reuse_panel
+
+        self.show.mkdir(parents=True, exist_ok=True)
+        patch_size = self.pipe.processor.image_processor.patch_size
+        for report in self._reports:
+            panel = reuse_panel(report, patch_size, name)
+            panel.save(self.show / f"{self._shown:03d}-{Path(name).stem}.png")
+            self._shown += 1
 
     def _counters(self) -> tuple[int, int, int]:
         cache = self.pipe.model.background_cache

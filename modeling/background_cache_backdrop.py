@@ -304,7 +304,9 @@ class BackgroundCache:
         """From the host or the folder, into the first tier."""
         with self._lock:
             entry = self._host.entries.get((kind, key))
-            if entry is not None and self._is_slower(self._transfer_seconds(devices[0], entry.num_bytes), entry):
+            if entry is not None and self._is_slower(
+                self._transfer_seconds(devices[0], entry.num_bytes), entry
+            ):
                 self._count("skipped_slow")
                 return None
             entry, tier = self._host.pop((kind, key)), "host"
@@ -322,9 +324,7 @@ class BackgroundCache:
         if entry is None:
             return None
         try:
-            tensors = tuple(
-                tensor.to(devices[i % len(devices)]) for i, tensor in enumerate(entry.tensors)
-            )
+            tensors = tuple(tensor.to(devices[i % len(devices)]) for i, tensor in enumerate(entry.tensors))
         except (RuntimeError, MemoryError) as error:
             logger.warning_once(f"A stored background could not be loaded: {error}")
             with self._lock:
@@ -444,29 +444,41 @@ def weights_fingerprint(*modules: nn.Module) -> bytes:
     """
     facts: list[int] = []
     states: list[str] = []
-    samples: dict[tuple, list[torch.Tensor]] = {}
+    shapes: list[torch.Size] = []
+    samples: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     with torch.no_grad():
         for module in _walk(modules):
             if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-                facts += [*module._forward_hooks, *module._forward_pre_hooks, id(module.__dict__.get("forward"))]
+                facts += [
+                    *module._forward_hooks,
+                    *module._forward_pre_hooks,
+                    id(module.__dict__.get("forward")),
+                ]
             if "_active_adapter" in module.__dict__:
                 states.append(_adapter_state(module))
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is None:
                     continue
-                described = hash((tensor.shape, tensor.dtype, tensor.device))
-                if tensor.is_meta:
-                    facts += (described, id(tensor))
+                size, dtype, device = tensor.numel(), tensor.dtype, tensor.device
+                if device.type == "meta":
+                    facts += (id(tensor), size)
                     continue
                 version = -1 if tensor.is_inference() else tensor._version
-                facts += (described, tensor.data_ptr(), version)
-                size = tensor.numel()
+                facts += (tensor.data_ptr(), version, size)
+                kind = (device, dtype)
+                group = samples.get(kind)
+                if group is None:
+                    group = samples[kind] = []
+                shapes.append(tensor.shape)
                 if size:
-                    samples.setdefault((str(tensor.device), tensor.dtype), []).append(_sample(tensor, size))
+                    group.append(_sample(tensor, size))
+    facts.append(hash(tuple(shapes)))
     digest = hashlib.blake2b(array.array("q", facts).tobytes(), digest_size=DIGEST_BYTES)
     digest.update("|".join(states).encode())
-    for group in sorted(samples, key=str):
-        digest.update(torch.cat(samples[group]).view(torch.uint8).cpu().numpy())
+    for kind in sorted(samples, key=str):
+        digest.update(str(kind).encode())
+        if samples[kind]:
+            digest.update(torch.cat(samples[kind]).view(torch.uint8).cpu().numpy())
     return digest.digest()
 
 
@@ -511,9 +523,9 @@ def _origin(hook) -> str:
 
 
 def _sample(tensor: torch.Tensor, size: int) -> torch.Tensor:
-    count = min(SAMPLES_PER_TENSOR, size)
+    count = SAMPLES_PER_TENSOR if size > SAMPLES_PER_TENSOR else size
     if tensor.is_contiguous():
-        return torch.as_strided(tensor, (count,), (size // count,))
+        return tensor.as_strided((count,), (size // count,))
     return tensor.flatten()[:: size // count][:count]
 
 

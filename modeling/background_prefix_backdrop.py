@@ -19,7 +19,6 @@ from transformers.cache_utils import DynamicLayer
 from .background_cache_backdrop import joined_key, synchronized_clock
 from .prefusion_backdrop import grow_cache
 
-
 EXTRA_PASS_COLUMNS = 64  # what one more pass over a single row costs, in columns
 
 
@@ -95,7 +94,9 @@ def prompt_rows(
             column = first + group_tokens[g]
             if ids[first:column] != [image_token_id] * (column - first):
                 break
-            has_separator = bg_end_token_id is not None and column < len(ids) and ids[column] == bg_end_token_id
+            has_separator = (
+                bg_end_token_id is not None and column < len(ids) and ids[column] == bg_end_token_id
+            )
             column += int(has_separator)
             ends.append(column)
         layout.append(PromptRow(start, groups, tuple(ends)))
@@ -146,12 +147,12 @@ def load_background_prefix(
                 break
             content.append(content_keys[g])
             ids, positions = input_ids[r, row.start : end], position_ids[r, row.start : end]
-            key = joined_key(context, ids.cpu().numpy().tobytes(), positions.cpu().numpy().tobytes(), *content)
+            key = joined_key(
+                context, ids.cpu().numpy().tobytes(), positions.cpu().numpy().tobytes(), *content
+            )
             if key not in loaded:
                 done = reached - row.start
-                loaded[key] = _segment(
-                    model, key, ids[done:], positions[done:], features[g], segments, lease
-                )
+                loaded[key] = _segment(model, key, ids[done:], positions[done:], features[g], segments, lease)
             segments.append(loaded[key])
             reached = end
         if reached < columns:
@@ -230,7 +231,10 @@ def _compute(model, ids, positions, tokens, segments) -> tuple[torch.Tensor, ...
 
 def _layer_devices(model) -> list[torch.device]:
     """Where each layer's keys and values live, two a layer, for values that come from another tier."""
-    layers = [*model.language_model.layers, *(model.prefusion.layers if model.config.num_prefusion_layers else ())]
+    layers = [
+        *model.language_model.layers,
+        *(model.prefusion.layers if model.config.num_prefusion_layers else ()),
+    ]
     devices = [next(layer.parameters()).device for layer in layers]
     if any(device.type == "meta" for device in devices):  # offloaded: accelerate's hooks move what they need
         devices = [torch.device("cpu")]

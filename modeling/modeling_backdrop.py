@@ -452,7 +452,12 @@ class BackdropModel(BackdropPreTrainedModel):
         store = self._background_cache
         if store.folder is not None:
             # Another process may run another version, or another configuration of the same weights.
-            settings += (torch.__version__, transformers.__version__, self.device.type, self.config.to_json_string())
+            settings += (
+                torch.__version__,
+                transformers.__version__,
+                self.device.type,
+                self.config.to_json_string(),
+            )
         return joined_key(store.namespace.encode(), repr(settings).encode(), store.weights_key(*modules))
 
 

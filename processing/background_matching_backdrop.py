@@ -16,12 +16,13 @@ import numpy as np
 from transformers.utils import logging
 
 from .background_tracking_backdrop import BackgroundTracker
-from .patch_groups_backdrop import pixel_mask, reusable_patches
+from .patch_groups_backdrop import patch_staleness, pixel_mask, reusable_patches
 from .reference_store_backdrop import Reference, ReferenceStore
 
 logger = logging.get_logger(__name__)
 
 MAX_COMPARISONS = 4  # references whose pixels are compared with one image
+SAMPLED_ROW = 4  # every fourth row of patches tells whether a full comparison is worth it
 TRACKED_REFERENCES = 16  # the most recently matched ones can improve
 
 
@@ -156,26 +157,45 @@ class BackgroundMatcher:
         with self._lock:
             self._counts["expired"] += self._store.forget_expired()
             candidates = self._store.worth_trying(namespace, image, self.tolerance)
-        best = None
+        best, promising = None, 0
         for bound, reference_id in candidates[:MAX_COMPARISONS]:
-            if best is not None and best.fresh.sum() <= bound:
-                break  # the rest is ordered by this bound: none can be better
+            # The rest is ordered by this bound: none can be better, or is likely to be.
+            if best is not None and (best.fresh.sum() <= bound or bound > 1.25 * promising + 2):
+                break
             with self._lock:
                 if reference_id not in self._store:  # evicted by another thread meanwhile
                     continue
                 reference = self._store.read(reference_id)
             found = self._compare(reference, image) or self._compare_improved(reference, image)
             if found is not None and (best is None or found.fresh.sum() < best.fresh.sum()):
-                best = found
+                best, promising = found, bound
         return best
 
     def _compare(self, reference: Reference, image: np.ndarray) -> Match | None:
+        if self._is_hopeless(reference, image):
+            return None
         same, staleness = reusable_patches(reference.pixels, image, self.patch_size, self.tolerance)
         reusable = reference.patch_mask & same
         overridden = 1 - reusable.sum() / reference.patch_mask.sum()
         if reusable.mean() < self.min_reuse or overridden > self.max_overridden:
             return None
         return Match(reference, ~reusable, staleness)
+
+    def _is_hopeless(self, reference: Reference, image: np.ndarray) -> bool:
+        """Whether hardly a patch fits in every fourth row of patches; a fifth of the cost of comparing all."""
+        grid = image.shape[0] // self.patch_size
+        if grid < 2 * SAMPLED_ROW:
+            return False
+        p = self.patch_size
+        rows = range(SAMPLED_ROW // 2, grid, SAMPLED_ROW)
+        sample, seen = (
+            np.concatenate([pixels[row * p : (row + 1) * p] for row in rows])
+            for pixels in (reference.pixels, image)
+        )
+        staleness = patch_staleness(sample, seen, p).reshape(len(rows), grid)
+        owned = reference.patch_mask.reshape(grid, grid)[list(rows)]
+        fitting = (owned & (staleness <= self.tolerance)).sum()
+        return bool(fitting < 0.5 * (1 - self.max_overridden) * owned.sum())
 
     def _compare_improved(self, reference: Reference, image: np.ndarray) -> Match | None:
         """What a reference that has gone too stale shows by now, if its frames were followed."""
@@ -222,7 +242,9 @@ class BackgroundMatcher:
         self._report(image, match.reference, match.fresh, unseen, stale, objects, match.refreshed)
         return match
 
-    def miss(self, image: np.ndarray, patch_mask: np.ndarray | None, objects: np.ndarray | None = None) -> None:
+    def miss(
+        self, image: np.ndarray, patch_mask: np.ndarray | None, objects: np.ndarray | None = None
+    ) -> None:
         """Counts an image that matched nothing, and remembers the background found in it.
 
         Args:

@@ -65,7 +65,9 @@ class ReferenceStore:
         folder: where the mapped files live, None: the system's temporary folder.
     """
 
-    def __init__(self, patch_size: int, max_references: int, ttl: float | None = None, folder: str | None = None):
+    def __init__(
+        self, patch_size: int, max_references: int, ttl: float | None = None, folder: str | None = None
+    ):
         self.patch_size = patch_size
         self.max_references = max_references
         self.ttl = ttl
@@ -102,7 +104,9 @@ class ReferenceStore:
         shelf = self._shelves.setdefault((namespace, side), _Shelf(grid_side(patch_mask)))
         reference_id = self._next_id
         self._next_id += 1
-        row = shelf.add(reference_id, region_means(image, self.patch_size), region_owned(patch_mask), patch_mask)
+        row = shelf.add(
+            reference_id, region_means(image, self.patch_size), region_owned(patch_mask), patch_mask
+        )
         created = time.monotonic()
         self._entries[reference_id] = _Entry((namespace, side), row, slot, created)
         self._born[reference_id] = created
@@ -140,9 +144,9 @@ class ReferenceStore:
     def worth_trying(self, namespace: str, image: np.ndarray, tolerance: float) -> list[tuple[int, int]]:
         """`(lower bound, reference id)`, the most promising first.
 
-        The lower bound counts patches that are fresh for certain: those that the reference does not own, and one for
-        each region that it owns whole and whose mean colour is off by more than the tolerance (the mean of absolute
-        differences is no smaller than the difference of means).
+        The lower bound counts patches that are fresh for certain: those that the reference does not own, and so many
+        of each region that it owns whole as must have changed for its mean colour to be off by more than the
+        tolerance (the mean of absolute differences is no smaller than the difference of means).
         """
         shelf = self._shelves.get((namespace, image.shape[0]))
         if shelf is None:
@@ -187,7 +191,8 @@ class _Shelf:
         self.count = 0
         self.grid = grid
         regions = len(_region_starts(grid)) ** 2
-        self.means = np.empty((FIRST_CHUNK, regions, 3), dtype=np.float32)
+        self.means = np.empty((FIRST_CHUNK, 3, regions), dtype=np.float32)
+        self.patches_in_region = _region_patches(grid)
         self.owned = np.empty((FIRST_CHUNK, regions), dtype=bool)
         self.unowned_patches = np.empty(FIRST_CHUNK, dtype=np.int32)
         self.ids = np.empty(FIRST_CHUNK, dtype=np.int64)
@@ -197,7 +202,9 @@ class _Shelf:
     @property
     def num_bytes(self) -> int:
         arrays = (self.means, self.owned, self.unowned_patches, self.ids)
-        return sum(array.nbytes for array in arrays) + (self.index.memory_usage if self.index is not None else 0)
+        return sum(array.nbytes for array in arrays) + (
+            self.index.memory_usage if self.index is not None else 0
+        )
 
     def add(self, reference_id: int, means: np.ndarray, owned: np.ndarray, patch_mask: np.ndarray) -> int:
         row = self.count
@@ -233,13 +240,19 @@ class _Shelf:
 
     def worth_trying(self, query: np.ndarray, tolerance: float) -> list[tuple[int, int]]:
         rows = self._proposals(query)
-        distance = np.abs(self.means[rows] - query).mean(axis=-1)  # [n, regions]
-        # The slack is the rounding of the means.
-        changed = (distance > tolerance + 1e-2) & self.owned[rows]
-        bounds = self.unowned_patches[rows] + changed.sum(axis=1)
+        distance = np.abs(self.means[rows] - query).sum(axis=1)  # [n, regions]
+        distance /= 3
+        # A region whose mean moved by d has patches that did; none moves by more than 255. The slack is rounding.
+        excess = np.maximum(distance - (tolerance + 1e-2), 0) * self.owned[rows]
+        changed = np.ceil(excess * (self.patches_in_region / max(255 - tolerance, 1)))
+        bounds = self.unowned_patches[rows] + changed.sum(axis=1).astype(np.int32)
         # Among equal bounds the one that is closer on the whole; an object's region counts as far, not as infinitely far.
         closeness = np.minimum(distance, 32.0).sum(axis=1)
-        best = np.lexsort((closeness, bounds))[:PROPOSALS]
+        if len(bounds) > PROPOSALS:
+            likely = np.argpartition(bounds, PROPOSALS)[:PROPOSALS]
+            best = likely[np.lexsort((closeness[likely], bounds[likely]))]
+        else:
+            best = np.lexsort((closeness, bounds))
         ids = self.ids[rows]
         return [(int(bounds[i]), int(ids[i])) for i in best]
 
@@ -300,14 +313,15 @@ class _SlotFile:
 
 
 def region_means(image: np.ndarray, patch_size: int) -> np.ndarray:
-    """Mean colours of a coarse grid whose cells are whole patches: uint8 `[S, S, 3]` -> float32 `[regions, 3]`."""
+    """Mean colours of a coarse grid whose cells are whole patches: uint8 `[S, S, 3]` -> float32 `[3, regions]`."""
     grid = image.shape[0] // patch_size
     starts = _region_starts(grid) * patch_size
     inner = image[: grid * patch_size, : grid * patch_size]
     rows = np.add.reduceat(inner.reshape(inner.shape[0], -1), starts, axis=0, dtype=np.uint32)
     sums = np.add.reduceat(rows.reshape(len(starts), -1, 3), starts, axis=1)  # [R, R, 3]
     sizes = np.diff([*starts, grid * patch_size])
-    return (sums / (sizes[:, None] * sizes[None, :])[..., None]).astype(np.float32).reshape(-1, 3)
+    means = (sums / (sizes[:, None] * sizes[None, :])[..., None]).astype(np.float32)
+    return np.ascontiguousarray(means.reshape(-1, 3).T)
 
 
 def region_owned(patch_mask: np.ndarray) -> np.ndarray:
@@ -323,7 +337,12 @@ def _region_starts(grid: int) -> np.ndarray:
     return np.arange(regions) * grid // regions
 
 
+def _region_patches(grid: int) -> np.ndarray:
+    """Patches in each region, `[regions]`."""
+    sizes = np.diff([*_region_starts(grid), grid])
+    return (sizes[:, None] * sizes[None, :]).reshape(-1)
+
+
 def _frozen(reference: Reference) -> Reference:
     reference.pixels.flags.writeable = reference.patch_mask.flags.writeable = False
     return reference
-

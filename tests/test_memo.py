@@ -172,13 +172,17 @@ def test_later_turns_of_a_conversation_reuse_the_background(chat_model, processo
 
     pipe = transformers.pipeline("image-text-to-text", model=chat_model, processor=processor)
     image = scene(14, 14)
-    chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]}]
+    chat = [
+        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]}
+    ]
     longer = [
         *chat,
         {"role": "assistant", "content": [{"type": "text", "text": "a bus"}]},
         {"role": "user", "content": [{"type": "text", "text": "red?"}]},
     ]
-    expected = [pipe(text=c, max_new_tokens=4, do_sample=False)[0]["generated_text"][-1] for c in (chat, longer)]
+    expected = [
+        pipe(text=c, max_new_tokens=4, do_sample=False)[0]["generated_text"][-1] for c in (chat, longer)
+    ]
     chat_model.enable_background_cache(10**7)
     found = [pipe(text=c, max_new_tokens=4, do_sample=False)[0]["generated_text"][-1] for c in (chat, longer)]
     assert found == expected
@@ -326,7 +330,9 @@ def test_adapters_on_and_off_never_share_a_folder_entry(tmp_path):
         adapted = get_peft_model(
             model,
             LoraConfig(
-                target_modules=r".*(vision_tower|language_model).*\.(q_proj|v_proj)", r=4, init_lora_weights=False
+                target_modules=r".*(vision_tower|language_model).*\.(q_proj|v_proj)",
+                r=4,
+                init_lora_weights=False,
             ),
         ).eval()
         expected = generate(adapted, inputs)
@@ -430,7 +436,9 @@ class TieredCacheMachine(RuleBasedStateMachine):
 
     keys = [bytes([i]) * 20 for i in range(6)]
 
-    @initialize(device=st.integers(80, 400), host=st.sampled_from([0, 200]), disk=st.sampled_from([0, 1500, 4000]))
+    @initialize(
+        device=st.integers(80, 400), host=st.sampled_from([0, 200]), disk=st.sampled_from([0, 1500, 4000])
+    )
     def start(self, device, host, disk):
         self.path = Path(tempfile.mkdtemp())
         self.budgets = (device, host, disk)

@@ -398,7 +398,10 @@ def test_stored_values_are_never_written():
     inputs = batch(model)
     model.enable_background_cache(10**7)
     generate(model, inputs)
-    kept = {key: [t.clone() for t in value.tensors] for key, value in model.background_cache._device.entries.items()}
+    kept = {
+        key: [t.clone() for t in value.tensors]
+        for key, value in model.background_cache._device.entries.items()
+    }
     for options in (
         {},
         {"num_beams": 3},
@@ -413,7 +416,8 @@ def test_stored_values_are_never_written():
         generate(model, one if single else inputs, **options)
     for key, tensors in kept.items():
         assert all(
-            torch.equal(a, b) for a, b in zip(tensors, model.background_cache._device.entries[key].tensors, strict=True)
+            torch.equal(a, b)
+            for a, b in zip(tensors, model.background_cache._device.entries[key].tensors, strict=True)
         )
 
 

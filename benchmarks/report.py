@@ -1,0 +1,57 @@
+"""What every benchmark's report needs: the machine, the versions, files that are whole or not there."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import psutil
+import torch
+
+
+def machine(device: str) -> dict:
+    """Name of the processor and the GPU, cores, threads, memory in GiB."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        found = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        cpu = found[0].split(":", 1)[1].strip() if found else cpu
+    result = {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+    }
+    if torch.device(device).type == "cuda":
+        gpu = torch.cuda.get_device_properties(torch.device(device))
+        result |= {"gpu": gpu.name, "gpu_memory_gib": round(gpu.total_memory / 2**30, 1)}
+    return result
+
+
+def versions() -> dict:
+    """Of what was run; Backdrop's is git's description where it runs from a checkout."""
+    folder = Path(__file__).resolve().parent.parent
+    backdrop = importlib.metadata.version("backdrop-vlm")
+    if (folder / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+        described = subprocess.run(command, capture_output=True, text=True)
+        backdrop = described.stdout.strip() or backdrop
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "ultralytics")}
+    return {**packages, "backdrop": backdrop, "python": platform.python_version()}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file in one step."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def write_json_atomically(path: Path, value) -> None:
+    """Writes JSON in one step."""
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
