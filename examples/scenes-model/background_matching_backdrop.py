@@ -2,44 +2,68 @@
 
 The promise: every patch of a new image is either reused with staleness <= tolerance, or freshly encoded. Staleness is
 the largest, over a patch's four quarter blocks, of the mean absolute RGB difference in grey levels. With tolerance 0
-the reused pixels are equal.
-
-This is the simplest correct form: a few references per namespace, compared one by one.
+the reused pixels are equal. `reusable_patches` is stricter still: thin lines and small lamps are seen too.
 """
 
 import contextlib
 import contextvars
 import threading
-import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
+from transformers.utils import logging
 
-from .patch_groups_backdrop import patch_staleness
+from .background_tracking_backdrop import BackgroundTracker
+from .patch_groups_backdrop import patch_staleness, pixel_mask, reusable_patches
+from .reference_store_backdrop import Reference, ReferenceStore
 
+logger = logging.get_logger(__name__)
 
-@dataclass(frozen=True)
-class Reference:
-    """A background seen before: `pixels` uint8 `[S, S, 3]`, the patches it owns `[P]` bool, when it was seen (s)."""
-
-    pixels: np.ndarray
-    patch_mask: np.ndarray
-    created: float
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes kept for it."""
-        return self.pixels.nbytes + self.patch_mask.nbytes
+MAX_COMPARISONS = 4  # references whose pixels are compared with one image
+SAMPLED_ROW = 4  # every fourth row of patches tells whether a full comparison is worth it
+TRACKED_REFERENCES = 16  # the most recently matched ones can improve
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Match:
-    """`reference` and the patches `[P]` bool of the new image that must be encoded freshly."""
+    """A reference for an image.
+
+    Attributes:
+        reference: whose pixels stand for the background.
+        fresh: bool `[P]`, patches of the image that must be encoded.
+        staleness: float32 `[P]`, of every patch against the reference, grey levels.
+        refreshed: the reference was made anew with this image: no memo has its tokens yet.
+    """
 
     reference: Reference
     fresh: np.ndarray
     staleness: np.ndarray
+    refreshed: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class MatchReport:
+    """What became of one image, for observers.
+
+    Attributes:
+        image: uint8 `[S, S, 3]`, as the model sees it.
+        reference: None on a miss.
+        fresh: bool `[P]`, encoded freshly; all of them on a miss.
+        unseen: bool `[P]`, fresh because the reference does not own them.
+        stale: bool `[P]`, fresh because they differ from the reference.
+        objects: bool `[P]`, fresh because an object was detected there.
+        refreshed: as in `Match`.
+    """
+
+    image: np.ndarray
+    reference: Reference | None
+    fresh: np.ndarray
+    unseen: np.ndarray
+    stale: np.ndarray
+    objects: np.ndarray
+    refreshed: bool
 
 
 class BackgroundMatcher:
@@ -47,13 +71,19 @@ class BackgroundMatcher:
 
     Args:
         patch_size: pixels.
-        tolerance: largest staleness that is reused, grey levels 0-255; 0: pixels must be equal.
+        tolerance: largest staleness that is reused, grey levels 0-255; 0: pixels must be equal. 10 suits cameras.
         min_reuse: smallest share of the image's patches that a match must reuse.
         max_overridden: largest share of the reference's own patches that may be stale and overridden by fresh ones.
         detect: "on_miss" runs the detector only when no background matches, "always" adds its objects to the fresh
             patches of a match.
-        max_references: references kept in each namespace; the one least recently matched goes first.
+        max_references: references kept over all namespaces; the one least recently matched goes first. It bounds the
+            bytes: `S * S * 3 + P` on a mapped file for each, and some 500 bytes of memory.
         ttl: seconds after which a reference is forgotten, None: never.
+        refresh: replace a reference by what its frames show on average, once that pays.
+        folder: where the mapped files live, None: the system's temporary folder.
+
+    Attributes:
+        observer: called with a `MatchReport` for every image; None: nobody.
     """
 
     def __init__(
@@ -63,8 +93,10 @@ class BackgroundMatcher:
         min_reuse: float = 0.3,
         max_overridden: float = 0.3,
         detect: str = "on_miss",
-        max_references: int = 16,
+        max_references: int = 256,
         ttl: float | None = None,
+        refresh: bool = True,
+        folder: str | None = None,
     ):
         if not 0 <= tolerance <= 255:
             raise ValueError(f"tolerance is {tolerance}; wanted grey levels from 0 to 255.")
@@ -76,16 +108,20 @@ class BackgroundMatcher:
             raise ValueError(f"detect is {detect!r}; wanted 'on_miss' or 'always'.")
         if max_references < 1:
             raise ValueError(f"max_references is {max_references}; wanted 1 or more.")
+        if ttl is not None and ttl <= 0:
+            raise ValueError(f"ttl is {ttl}; wanted seconds above 0, or None.")
         self.patch_size = patch_size
         self.tolerance = tolerance
         self.min_reuse = min_reuse
         self.max_overridden = max_overridden
         self.detect = detect
-        self.max_references = max_references
-        self.ttl = ttl
-        self._references: dict[str, OrderedDict[int, Reference]] = {}
-        self._next_id = 0
-        self._counts = {"matches": 0, "misses": 0, "patches_reused": 0, "patches_fresh": 0}
+        self.refresh = refresh
+        self.observer: Callable[[MatchReport], None] | None = None
+        self._store = ReferenceStore(patch_size, max_references, ttl, folder)
+        self._trackers: OrderedDict[int, BackgroundTracker] = OrderedDict()
+        self._counts = dict.fromkeys(
+            ("matches", "misses", "refreshes", "expired", "patches_reused", "patches_fresh"), 0
+        )
         self._lock = threading.Lock()
         self._scope = contextvars.ContextVar("background_matching_scope", default=("", False))
 
@@ -107,65 +143,196 @@ class BackgroundMatcher:
             self._scope.reset(token)
 
     def match(self, image: np.ndarray) -> Match | None:
-        """The reference that leaves the fewest patches to encode, or None.
+        """`find`, and `accept` what it found: the reference to use for uint8 `[S, S, 3]`, or None."""
+        match = self.find(image)
+        return None if match is None else self.accept(image, match)
+
+    def find(self, image: np.ndarray) -> Match | None:
+        """The reference that leaves the fewest patches to encode, or None. Changes nothing.
 
         Args:
             image: uint8 `[S, S, 3]` at the model's geometry.
         """
         namespace = self._scope.get()[0]
         with self._lock:
-            self._forget_expired(namespace)
-            candidates = list(self._references.get(namespace, {}).items())
-        best, best_id = None, None
-        for reference_id, reference in candidates:
-            staleness = patch_staleness(reference.pixels, image, self.patch_size)
-            reusable = reference.patch_mask & (staleness <= self.tolerance)
-            overridden = 1 - reusable.sum() / reference.patch_mask.sum()
-            if reusable.mean() < self.min_reuse or overridden > self.max_overridden:
-                continue
-            if best is None or reusable.sum() > (~best.fresh).sum():
-                best, best_id = Match(reference, ~reusable, staleness), reference_id
-        with self._lock:
-            self._counts["matches" if best else "misses"] += 1
-            if best is not None:
-                self._counts["patches_reused"] += int((~best.fresh).sum())
-                self._counts["patches_fresh"] += int(best.fresh.sum())
-                if best_id in self._references.get(namespace, {}):
-                    self._references[namespace].move_to_end(best_id)
+            self._counts["expired"] += self._store.forget_expired()
+            candidates = self._store.worth_trying(namespace, image, self.tolerance)
+        best, promising = None, 0
+        for bound, reference_id in candidates[:MAX_COMPARISONS]:
+            # The rest is ordered by this bound: none can be better, or is likely to be.
+            if best is not None and (best.fresh.sum() <= bound or bound > 1.25 * promising + 2):
+                break
+            with self._lock:
+                if reference_id not in self._store:  # evicted by another thread meanwhile
+                    continue
+                reference = self._store.read(reference_id)
+            found = self._compare(reference, image) or self._compare_improved(reference, image)
+            if found is not None and (best is None or found.fresh.sum() < best.fresh.sum()):
+                best, promising = found, bound
         return best
 
-    def add(self, pixels: np.ndarray, patch_mask: np.ndarray) -> None:
-        """Remembers a background: uint8 `[S, S, 3]` and the patches it owns `[P]` bool."""
-        namespace = self._scope.get()[0]
-        # An own, read-only copy: a caller that goes on drawing into its frame must not change a reference.
-        pixels, patch_mask = pixels.copy(), patch_mask.copy()
-        pixels.flags.writeable = patch_mask.flags.writeable = False
+    def _compare(self, reference: Reference, image: np.ndarray) -> Match | None:
+        if self._is_hopeless(reference, image):
+            return None
+        same, staleness = reusable_patches(reference.pixels, image, self.patch_size, self.tolerance)
+        reusable = reference.patch_mask & same
+        overridden = 1 - reusable.sum() / reference.patch_mask.sum()
+        if reusable.mean() < self.min_reuse or overridden > self.max_overridden:
+            return None
+        return Match(reference, ~reusable, staleness)
+
+    def _is_hopeless(self, reference: Reference, image: np.ndarray) -> bool:
+        """Whether hardly a patch fits in every fourth row of patches; a fifth of the cost of comparing all."""
+        grid = image.shape[0] // self.patch_size
+        if grid < 2 * SAMPLED_ROW:
+            return False
+        p = self.patch_size
+        rows = range(SAMPLED_ROW // 2, grid, SAMPLED_ROW)
+        sample, seen = (
+            np.concatenate([pixels[row * p : (row + 1) * p] for row in rows])
+            for pixels in (reference.pixels, image)
+        )
+        staleness = patch_staleness(sample, seen, p).reshape(len(rows), grid)
+        owned = reference.patch_mask.reshape(grid, grid)[list(rows)]
+        fitting = (owned & (staleness <= self.tolerance)).sum()
+        return bool(fitting < 0.5 * (1 - self.max_overridden) * owned.sum())
+
+    def _compare_improved(self, reference: Reference, image: np.ndarray) -> Match | None:
+        """What a reference that has gone too stale shows by now, if its frames were followed."""
         with self._lock:
-            references = self._references.setdefault(namespace, OrderedDict())
-            references[self._next_id] = Reference(pixels, patch_mask, time.monotonic())
-            self._next_id += 1
-            while len(references) > self.max_references:
-                references.popitem(last=False)
+            tracker = self._trackers.get(reference.reference_id) if self.refresh else None
+            if tracker is None:
+                return None
+            pixels, owned = tracker.proposal(reference.pixels, reference.patch_mask)
+        match = self._compare(Reference(pixels, owned, reference.reference_id), image)
+        return None if match is None else replace(match, refreshed=True)
+
+    def accept(self, image: np.ndarray, match: Match, objects: np.ndarray | None = None) -> Match:
+        """Counts a match, learns from the image, and improves the reference where that pays by now.
+
+        Args:
+            image: uint8 `[S, S, 3]`, the one that was matched.
+            match: what `find` gave for it.
+            objects: bool `[P]`, detected objects, which are fresh whatever the reference shows.
+
+        Returns:
+            The match to use: the given one, or one with a refreshed reference.
+        """
+        reusable = ~match.fresh
+        with self._lock:
+            self._store.touch(match.reference.reference_id)
+            if self.refresh:
+                match = self._learn(image, match)
+        objects = np.zeros_like(match.fresh) if objects is None else objects
+        unseen = ~match.reference.patch_mask
+        stale = match.fresh & ~unseen
+        match = Match(match.reference, match.fresh | objects, match.staleness, match.refreshed)
+        with self._lock:
+            self._counts["matches"] += 1
+            self._counts["refreshes"] += match.refreshed
+            self._counts["patches_reused"] += 0 if match.refreshed else int((~match.fresh).sum())
+            self._counts["patches_fresh"] += len(reusable) if match.refreshed else int(match.fresh.sum())
+        logger.debug(
+            "background %d: %d of %d patches reused%s",
+            match.reference.reference_id,
+            (~match.fresh).sum(),
+            len(match.fresh),
+            ", refreshed" if match.refreshed else "",
+        )
+        self._report(image, match.reference, match.fresh, unseen, stale, objects, match.refreshed)
+        return match
+
+    def miss(
+        self, image: np.ndarray, patch_mask: np.ndarray | None, objects: np.ndarray | None = None
+    ) -> None:
+        """Counts an image that matched nothing, and remembers the background found in it.
+
+        Args:
+            image: uint8 `[S, S, 3]`.
+            patch_mask: bool `[P]`, its background; None: it has none.
+            objects: bool `[P]`, its objects.
+        """
+        if patch_mask is not None:
+            self.add(image, patch_mask)
+        patches = (image.shape[0] // self.patch_size) ** 2
+        with self._lock:
+            self._counts["misses"] += 1
+            self._counts["patches_fresh"] += patches
+        everything, nothing = np.ones(patches, dtype=bool), np.zeros(patches, dtype=bool)
+        self._report(
+            image, None, everything, everything, nothing, nothing if objects is None else objects, False
+        )
+
+    def add(self, image: np.ndarray, patch_mask: np.ndarray) -> None:
+        """Remembers a background: a frame uint8 `[S, S, 3]` and the patches of it that are background, `[P]` bool."""
+        with self._lock:
+            self._store.add(self._scope.get()[0], image, patch_mask)
 
     def clear(self) -> None:
-        """Forgets the references of all namespaces."""
+        """Forgets the references of all namespaces; the counters stay."""
         with self._lock:
-            self._references.clear()
+            self._store.clear()
+            self._trackers.clear()
 
     def stats(self) -> dict[str, int]:
-        """References and their bytes now; matches, misses and patches since the matcher was made."""
+        """References and bytes now (`memory_bytes` and `file_bytes`, all that is kept); counts since the beginning."""
         with self._lock:
-            kept = [reference for group in self._references.values() for reference in group.values()]
+            memory, files = self._store.num_bytes()
+            memory += sum(tracker.num_bytes for tracker in self._trackers.values())
             return {
-                "references": len(kept),
-                "bytes": sum(reference.num_bytes for reference in kept),
+                "references": len(self._store),
+                "max_references": self._store.max_references,
+                "bytes": memory + files,
+                "memory_bytes": memory,
+                "file_bytes": files,
                 **self._counts,
             }
 
-    def _forget_expired(self, namespace: str) -> None:
-        if self.ttl is None:
-            return
-        references = self._references.get(namespace, OrderedDict())
-        oldest = time.monotonic() - self.ttl
-        for reference_id in [i for i, reference in references.items() if reference.created < oldest]:
-            del references[reference_id]
+    def __repr__(self) -> str:
+        stats = self.stats()
+        return (
+            f"BackgroundMatcher(tolerance={self.tolerance}, {stats['references']} references, "
+            f"{stats['bytes'] / 2**20:.1f} MiB, {stats['matches']} matches, {stats['misses']} misses, "
+            f"{stats['refreshes']} refreshes)"
+        )
+
+    def _learn(self, image: np.ndarray, match: Match) -> Match:
+        old = match.reference
+        if old.reference_id not in self._store:
+            return match  # evicted, or replaced by another thread: what was found holds all the same
+        tracker = self._trackers.pop(old.reference_id, None)
+        if tracker is None:
+            tracker = BackgroundTracker(image, self.patch_size, self.tolerance)
+        else:
+            tracker.update(image, match.fresh)
+        self._trackers[old.reference_id] = tracker
+        for known in [known for known in self._trackers if known not in self._store]:
+            del self._trackers[known]
+        while len(self._trackers) > TRACKED_REFERENCES:
+            self._trackers.popitem(last=False)
+        improved = match if match.refreshed else None
+        if improved is None and tracker.pays(old.patch_mask):
+            tracker.wasted[:] = 0
+            pixels, owned = tracker.proposal(old.pixels, old.patch_mask)
+            same, staleness = reusable_patches(pixels, image, self.patch_size, self.tolerance)
+            improved = Match(Reference(pixels, owned, old.reference_id), ~(same & owned), staleness)
+            if improved.fresh.sum() >= match.fresh.sum():  # what was wasted lies in the past
+                improved = None
+        if improved is None:
+            return match
+        namespace = self._scope.get()[0]
+        self._store.remove(old.reference_id)
+        del self._trackers[old.reference_id]
+        pixels, owned = improved.reference.pixels, improved.reference.patch_mask
+        shown = np.where(pixel_mask(owned, image.shape[0], self.patch_size)[..., None], pixels, image)
+        reference = self._store.add(namespace, shown, owned)
+        if reference is None:
+            return improved
+        tracker.wasted[:] = 0
+        self._trackers[reference.reference_id] = tracker
+        logger.info("background %d replaced by %d", old.reference_id, reference.reference_id)
+        return Match(reference, improved.fresh, improved.staleness, refreshed=True)
+
+    def _report(self, *values) -> None:
+        if self.observer is not None:
+            self.observer(MatchReport(*values))

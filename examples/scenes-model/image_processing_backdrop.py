@@ -234,7 +234,7 @@ class BackdropImageProcessor(PilBackend):
             raise ValueError(
                 f"patch_size is {patch_size}, but matching was enabled for {matcher.patch_size}."
             )
-        matches = [matcher.match(image) if matcher else None for image in images]
+        matches = [matcher.find(image) if matcher else None for image in images]
         always = matcher is not None and matcher.detect == "always"
         to_detect = [i for i, match in enumerate(matches) if match is None or always]
         found = {}
@@ -244,21 +244,23 @@ class BackdropImageProcessor(PilBackend):
         result = []
         for i, image in enumerate(images):
             # An image earlier in this batch may have become the reference of this one.
-            match = matches[i] or (matcher.match(image) if matcher and i and i in found else None)
+            match = matches[i] or (matcher.find(image) if matcher and i and i in found else None)
             mask = found[i].combined_mask(image.shape[0]) if i in found else None
             if match is None:
                 groups = self.split_groups(image, mask, **options)
-                if matcher and groups[0].kind == BACKGROUND:
-                    matcher.add(groups[0].pixels, groups[0].patch_mask)
+                if matcher:
+                    owned = {group.kind: group.patch_mask for group in groups}
+                    matcher.miss(image, owned.get(BACKGROUND), owned.get(OBJECT))
             else:
-                fresh = match.fresh
+                objects = None
                 if always:
                     objects = covered_patches(mask, patch_size, options["min_coverage"])
-                    fresh = fresh | grow_patches(objects, options["margin"])
+                    objects = grow_patches(objects, options["margin"])
+                match = matcher.accept(image, match, objects)
                 reference = match.reference
-                groups = [make_group(reference.pixels, reference.patch_mask, BACKGROUND, patch_size)]
-                if fresh.any():
-                    groups.append(make_group(image, fresh, OBJECT, patch_size))
+                groups = [PatchGroup(reference.pixels, reference.patch_mask, BACKGROUND)]
+                if match.fresh.any():
+                    groups.append(make_group(image, match.fresh, OBJECT, patch_size))
             result.append(groups)
         return result
 

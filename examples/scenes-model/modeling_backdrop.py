@@ -9,9 +9,11 @@ Shapes: `B` rows, `L` columns, `G` groups of all rows in order of appearance, `P
 `n_g` tokens of group g, `D` text width.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -20,12 +22,13 @@ from transformers.generation import LogitsProcessorList, SuppressTokensLogitsPro
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple, logging
 
-from .background_cache_backdrop import BackgroundCache, content_key, joined_key, weights_fingerprint
+from .background_cache_backdrop import BackgroundCache, content_keys, joined_key, synchronized_clock
+from .background_folder_backdrop import BackgroundFolder
 from .background_prefix_backdrop import (
-    PromptRow,
     keeps_prefixes,
     load_background_prefix,
     prompt_rows,
+    release_background,
     rows_of_groups,
 )
 from .configuration_backdrop import BackdropConfig
@@ -135,13 +138,35 @@ class BackdropPreTrainedModel(PreTrainedModel):
         """The memo of backgrounds, None while it is off."""
         return self.base_model._background_cache
 
-    def enable_background_cache(self, max_bytes: int = 2 * 2**30) -> BackgroundCache:
+    def enable_background_cache(
+        self,
+        max_bytes: int = 2 * 2**30,
+        prefixes: bool = True,
+        host_max_bytes: int = 0,
+        folder: str | os.PathLike | None = None,
+        folder_max_bytes: int = 16 * 2**30,
+    ) -> BackgroundCache:
         """Keeps vision tokens and language-model prefixes of backgrounds and reuses them; answers do not change.
 
         Args:
-            max_bytes: bound on everything kept; the least recently used is forgotten first.
+            max_bytes: bound on everything kept where the model is; the least recently used is evicted first.
+            prefixes: keep keys and values of the language model too, not vision tokens alone.
+            host_max_bytes: bound on what is kept in the host's memory after eviction; useful beside a GPU.
+            folder: a folder for what is to outlive this process; several processes may share it.
+            folder_max_bytes: bound on its bytes.
         """
-        self.base_model._background_cache = BackgroundCache(max_bytes)
+        prefixes_work = keeps_prefixes(self.config.text_config)
+        if prefixes and not prefixes_work:
+            logger.warning(
+                f"{self.config.text_config.model_type} is no full-attention decoder: the background cache keeps vision "
+                "tokens only."
+            )
+        self.base_model._background_cache = BackgroundCache(
+            max_bytes,
+            prefixes and prefixes_work,
+            host_max_bytes,
+            None if folder is None else BackgroundFolder(folder, folder_max_bytes),
+        )
         return self.background_cache
 
     def disable_background_cache(self) -> None:
@@ -275,6 +300,7 @@ class BackdropModel(BackdropPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
+        release_background(past_key_values)
         result = BackdropModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
@@ -316,18 +342,22 @@ class BackdropModel(BackdropPreTrainedModel):
             return self._encode(pixel_values, patch_mask, kinds), keys
         store = self._background_cache
         context = self.memo_context(*self.vision_modules(BACKGROUND))
+        device = self.multi_modal_projector.linear_2.weight.device
+        devices = [torch.device("cpu") if device.type == "meta" else device]
         known: dict[bytes, torch.Tensor] = {}
         to_encode, reused = [], 0
+        backgrounds = [g for g, kind in enumerate(kinds) if kind == BACKGROUND]
+        hashed = content_keys(pixel_values, patch_mask, backgrounds, context)
         tokens = self.group_tokens(patch_mask)
         for g, kind in enumerate(kinds):
             if kind == OBJECT:
                 to_encode.append(g)
                 continue
-            keys[g] = content_key(pixel_values[g], patch_mask[g], context)
+            keys[g] = hashed[g]
             if keys[g] in known:  # the same background twice in one batch
                 reused += tokens[g]
                 continue
-            stored = store.get("tokens", keys[g])
+            stored = store.get("tokens", keys[g], devices)
             if stored is None:
                 to_encode.append(g)
                 known[keys[g]] = None
@@ -337,16 +367,18 @@ class BackdropModel(BackdropPreTrainedModel):
         encoded = {}
         if to_encode:
             rows = torch.tensor(to_encode)
+            started = synchronized_clock(device)
             values = self._encode(
                 pixel_values[rows.to(pixel_values.device)],
                 patch_mask[rows.to(patch_mask.device)],
                 [kinds[g] for g in to_encode],
             )
             encoded = dict(zip(to_encode, values, strict=True))
+            per_token = (synchronized_clock(device) - started) / sum(tokens[g] for g in to_encode)
         for g, value in encoded.items():
             if keys[g] is not None:
                 known[keys[g]] = value
-                store.put("tokens", keys[g], (value,))
+                store.put("tokens", keys[g], (value,), per_token * tokens[g])
         store.record_tokens(reused, sum(tokens[g] for g in to_encode))
         return [encoded[g] if keys[g] is None else known[keys[g]] for g in range(len(kinds))], keys
 
@@ -417,8 +449,16 @@ class BackdropModel(BackdropPreTrainedModel):
             autocast,
             torch.get_float32_matmul_precision(),
         )
-        namespace = self._background_cache.namespace
-        return joined_key(namespace.encode(), repr(settings).encode(), weights_fingerprint(*modules))
+        store = self._background_cache
+        if store.folder is not None:
+            # Another process may run another version, or another configuration of the same weights.
+            settings += (
+                torch.__version__,
+                transformers.__version__,
+                self.device.type,
+                self.config.to_json_string(),
+            )
+        return joined_key(store.namespace.encode(), repr(settings).encode(), store.weights_key(*modules))
 
 
 class BackdropForConditionalGeneration(BackdropPreTrainedModel, GenerationMixin):
@@ -528,9 +568,9 @@ class BackdropForConditionalGeneration(BackdropPreTrainedModel, GenerationMixin)
             if inputs_embeds is None:
                 length = input_ids.shape[1]
                 seen = length - next_sequence_length if next_sequence_length is not None else 0
-                tokens = [feature.shape[0] for feature in features]
-                rows = rows_of_groups(input_ids, self.config.image_token_id, tokens)
-                if seen == 0 and self._may_reuse_prefix(past_key_values, kwargs):
+                rows = rows_of_groups(input_ids, self.config.image_token_id, [f.shape[0] for f in features])
+                wants_all_states = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
+                if seen == 0 and not wants_all_states:
                     kinds = [0] * len(keys) if group_kind is None else group_kind.tolist()
                     seen = self._load_prefix(
                         input_ids,
@@ -558,23 +598,69 @@ class BackdropForConditionalGeneration(BackdropPreTrainedModel, GenerationMixin)
             model_inputs["image_embeds"] = image_embeds
         return model_inputs
 
-    def _may_reuse_prefix(self, past_key_values, kwargs) -> bool:
-        wants_all_states = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
-        return (
-            self.model._memo_is_active()
-            and isinstance(past_key_values, Cache)
-            and past_key_values.get_seq_length() == 0
-            and not wants_all_states
-            and keeps_prefixes(self.config.text_config)
-        )
+    @torch.no_grad()
+    def prepare_prefill(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        patch_mask: torch.Tensor | None = None,
+        group_kind: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+    ) -> dict:
+        """Inputs for `forward` with everything that the background cache knows already in them.
+
+        For users of `forward` who do not call `generate`: `model(**model.prepare_prefill(**inputs))` gives the logits
+        of the columns that were left to compute, the last ones of the prompt among them, and the filled
+        `past_key_values`. No gradients. With the cache off nothing is left out.
+
+        Args:
+            input_ids: `[B, L]`, padded on the left if at all; the others as in `forward`.
+
+        Returns:
+            `input_ids [B, L - c]`, `position_ids [B, L - c]`, `attention_mask [B, L]`, `image_embeds`,
+            `past_key_values` with the first c columns, `use_cache`.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if position_ids is None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        position_ids = position_ids.expand(input_ids.shape[0], -1)
+        past_key_values, image_embeds, seen = DynamicCache(config=self.config.text_config), None, 0
+        if pixel_values is not None:
+            features, keys = self.model._group_features(pixel_values, patch_mask, group_kind)
+            rows = rows_of_groups(input_ids, self.config.image_token_id, [f.shape[0] for f in features])
+            kinds = [0] * len(keys) if group_kind is None else group_kind.tolist()
+            seen = self._load_prefix(
+                input_ids, attention_mask, position_ids, rows, kinds, features, keys, past_key_values
+            )
+            features = _unseen_features(features, rows, input_ids[:, :seen] == self.config.image_token_id)
+            image_embeds = torch.cat(features) if features else None
+        return {
+            "input_ids": input_ids[:, seen:],
+            "attention_mask": attention_mask,
+            "position_ids": position_ids[:, seen:],
+            "image_embeds": image_embeds,
+            "past_key_values": past_key_values,
+            "use_cache": True,
+        }
 
     def _load_prefix(
         self, input_ids, attention_mask, position_ids, rows, kinds, features, keys, past_key_values
-    ):
-        separators = self.config.separator_token_ids
-        if attention_mask is not None and attention_mask.ndim != 2:
+    ) -> int:
+        """Fills an empty cache with what is known of the leading backgrounds; how many columns."""
+        usable = (
+            self.model._memo_is_active()
+            and self.background_cache.prefixes
+            and isinstance(past_key_values, Cache)
+            and past_key_values.get_seq_length() == 0
+            and (attention_mask is None or attention_mask.ndim == 2)
+            and (position_ids is None or position_ids.ndim == 2)
+        )
+        if not usable:
             return 0
-        layout: list[PromptRow] = prompt_rows(
+        separators = self.config.separator_token_ids
+        layout = prompt_rows(
             input_ids,
             attention_mask,
             rows,
@@ -585,8 +671,9 @@ class BackdropForConditionalGeneration(BackdropPreTrainedModel, GenerationMixin)
         )
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
-        if position_ids.ndim != 2:
-            return 0
+        modules = [self.model.language_model]
+        if self.config.num_prefusion_layers:
+            modules.append(self.model.prefusion)
         return load_background_prefix(
             self.model,
             input_ids,
@@ -595,7 +682,7 @@ class BackdropForConditionalGeneration(BackdropPreTrainedModel, GenerationMixin)
             features,
             keys,
             past_key_values,
-            self.model.memo_context(self.model),
+            self.model.memo_context(*modules),
         )
 
     def _expand_inputs_for_generation(
