@@ -3,7 +3,8 @@
 Pixels lie in slots of files that are mapped and have no name (nothing to clean up); in memory there is one descriptor
 a reference: the mean colours of a coarse grid of regions. A descriptor bounds from below how many patches a full
 comparison can find changed, so most references are ruled out without touching their pixels. Beyond
-`EXHAUSTIVE_LIMIT` references of one namespace a nearest-neighbour index (usearch, optional) proposes a few of them.
+`EXHAUSTIVE_LIMIT` references of one namespace that bound is taken of the nearest descriptors only: by one
+matrix-vector product, exact and milliseconds for 100,000, or, beyond `INDEX_FROM`, by an index (usearch, optional).
 
 Not thread-safe: the matcher holds its lock around every call.
 """
@@ -28,7 +29,10 @@ logger = logging.get_logger(__name__)
 
 REGIONS_PER_SIDE = 6
 EXHAUSTIVE_LIMIT = 4096  # descriptors that are compared one by one in about a millisecond
-PROPOSALS = 64  # references that the index, or the distance of descriptors, proposes beyond that
+INDEX_FROM = (
+    262_144  # below, the exact product is as fast as a graph index of equal recall (benchmarks/matching.py)
+)
+PROPOSALS = 64  # nearest descriptors that are looked at beyond the limit
 FIRST_CHUNK = 16  # slots; every further chunk doubles what there is
 
 
@@ -194,6 +198,7 @@ class _Shelf:
         self.means = np.empty((FIRST_CHUNK, 3, regions), dtype=np.float32)
         self.patches_in_region = _region_patches(grid)
         self.owned = np.empty((FIRST_CHUNK, regions), dtype=bool)
+        self.norms = np.empty(FIRST_CHUNK, dtype=np.float32)
         self.unowned_patches = np.empty(FIRST_CHUNK, dtype=np.int32)
         self.ids = np.empty(FIRST_CHUNK, dtype=np.int64)
         self.rows: dict[int, int] | None = None  # id -> row, kept with the index
@@ -201,7 +206,7 @@ class _Shelf:
 
     @property
     def num_bytes(self) -> int:
-        arrays = (self.means, self.owned, self.unowned_patches, self.ids)
+        arrays = (self.means, self.norms, self.owned, self.unowned_patches, self.ids)
         return sum(array.nbytes for array in arrays) + (
             self.index.memory_usage if self.index is not None else 0
         )
@@ -209,17 +214,26 @@ class _Shelf:
     def add(self, reference_id: int, means: np.ndarray, owned: np.ndarray, patch_mask: np.ndarray) -> int:
         row = self.count
         if row == len(self.ids):
-            for name in ("means", "owned", "unowned_patches", "ids"):
+            for name in ("means", "norms", "owned", "unowned_patches", "ids"):
                 array = getattr(self, name)
                 setattr(self, name, np.concatenate([array, np.empty_like(array)]))
         self.means[row], self.owned[row], self.ids[row] = means, owned, reference_id
+        self.norms[row] = np.square(means).sum()
         self.unowned_patches[row] = int((~patch_mask).sum())
         self.count += 1
         if self.index is not None:
             self.index.add(reference_id, means.reshape(-1))
             self.rows[reference_id] = row
-        elif self.count > EXHAUSTIVE_LIMIT and Index is not None:
-            self.index = Index(ndim=means.size, metric="l2sq", dtype="f32")
+        elif self.count > INDEX_FROM and Index is not None:
+            # Denser and searched wider than the defaults, which miss three of ten among 100,000.
+            self.index = Index(
+                ndim=means.size,
+                metric="l2sq",
+                dtype="f32",
+                connectivity=32,
+                expansion_add=256,
+                expansion_search=256,
+            )
             self.index.add(self.ids[: self.count], self.means[: self.count].reshape(self.count, -1))
             self.rows = {int(i): r for r, i in enumerate(self.ids[: self.count])}
         return row
@@ -228,7 +242,7 @@ class _Shelf:
         """Fills the hole with the last row; the id that moved, None if the hole was the last row."""
         last = self.count - 1
         removed, moved = int(self.ids[row]), int(self.ids[last])
-        for array in (self.means, self.owned, self.unowned_patches, self.ids):
+        for array in (self.means, self.norms, self.owned, self.unowned_patches, self.ids):
             array[row] = array[last]
         self.count = last
         if self.index is not None:
@@ -263,8 +277,8 @@ class _Shelf:
             keys = self.index.search(query.reshape(-1), PROPOSALS).keys
             return np.array([self.rows[int(key)] for key in keys if int(key) in self.rows], dtype=np.int64)
         means = self.means[: self.count].reshape(self.count, -1)
-        norms = np.einsum("nd,nd->n", means, means)
-        return np.argpartition(norms - 2 * (means @ query.reshape(-1)), PROPOSALS)[:PROPOSALS]
+        distances = self.norms[: self.count] - 2 * (means @ query.reshape(-1))
+        return np.argpartition(distances, PROPOSALS)[:PROPOSALS]
 
 
 class _SlotFile:

@@ -327,6 +327,7 @@ def test_the_lower_bound_is_one(seed, tolerance):
 @pytest.mark.parametrize("with_index", [True, False])
 def test_many_references_are_found_with_and_without_an_index(monkeypatch, with_index):
     monkeypatch.setattr(store_module, "EXHAUSTIVE_LIMIT", 50)
+    monkeypatch.setattr(store_module, "INDEX_FROM", 80)
     monkeypatch.setattr(store_module, "PROPOSALS", 16)
     if not with_index:
         monkeypatch.setattr(store_module, "Index", None)

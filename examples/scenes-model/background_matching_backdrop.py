@@ -157,7 +157,7 @@ class BackgroundMatcher:
         with self._lock:
             self._counts["expired"] += self._store.forget_expired()
             candidates = self._store.worth_trying(namespace, image, self.tolerance)
-        best, promising = None, 0
+        best, promising, hopeless = None, 0, 0
         for bound, reference_id in candidates[:MAX_COMPARISONS]:
             # The rest is ordered by this bound: none can be better, or is likely to be.
             if best is not None and (best.fresh.sum() <= bound or bound > 1.25 * promising + 2):
@@ -166,14 +166,18 @@ class BackgroundMatcher:
                 if reference_id not in self._store:  # evicted by another thread meanwhile
                     continue
                 reference = self._store.read(reference_id)
-            found = self._compare(reference, image) or self._compare_improved(reference, image)
+            found = (
+                None if (unlike := self._is_hopeless(reference, image)) else self._compare(reference, image)
+            )
+            found = found or self._compare_improved(reference, image)
+            hopeless += unlike and found is None
+            if hopeless == 2:  # and the rest promises less
+                break
             if found is not None and (best is None or found.fresh.sum() < best.fresh.sum()):
                 best, promising = found, bound
         return best
 
     def _compare(self, reference: Reference, image: np.ndarray) -> Match | None:
-        if self._is_hopeless(reference, image):
-            return None
         same, staleness = reusable_patches(reference.pixels, image, self.patch_size, self.tolerance)
         reusable = reference.patch_mask & same
         overridden = 1 - reusable.sum() / reference.patch_mask.sum()
