@@ -252,17 +252,26 @@ class BackdropImageProcessor(PilBackend):
                     owned = {group.kind: group.patch_mask for group in groups}
                     matcher.miss(image, owned.get(BACKGROUND), owned.get(OBJECT))
             else:
-                objects = None
-                if always:
-                    objects = covered_patches(mask, patch_size, options["min_coverage"])
-                    objects = grow_patches(objects, options["margin"])
-                match = matcher.accept(image, match, objects)
+                objects = self._object_patches(mask, options) if always else None
+                match = matcher.accept(
+                    image,
+                    match,
+                    objects,
+                    lambda image=image: self._object_patches(
+                        self.detections([image], **options)[0].combined_mask(image.shape[0]), options
+                    ),
+                )
                 reference = match.reference
                 groups = [PatchGroup(reference.pixels, reference.patch_mask, BACKGROUND)]
                 if match.fresh.any():
                     groups.append(make_group(image, match.fresh, OBJECT, patch_size))
             result.append(groups)
         return result
+
+    def _object_patches(self, mask: np.ndarray, options: dict) -> np.ndarray:
+        """Pixels of objects `[S, S]` -> the patches that a split would give to them, `[P]` bool."""
+        objects = covered_patches(mask, options["patch_size"], options["min_coverage"])
+        return grow_patches(objects, options["margin"])
 
     def _model_image(self, image, options: dict) -> np.ndarray:
         """Any image as uint8 `[S, S, 3]`, through the same PIL steps as transformers' LLaVA processor."""

@@ -191,18 +191,27 @@ def test_two_lamps_of_equal_brightness_are_told_apart():
 # ---- references that improve
 
 
-def test_a_reference_grows_where_an_object_stood(image_processor, detector):
+def test_a_reference_grows_where_an_object_stood_and_takes_no_resting_object(image_processor, detector):
     matcher = image_processor.enable_background_matching(tolerance=0)
     image_processor.image_groups([scene(0, 0)])
-    last = None
-    for _ in range(12):
+    for _ in range(60):
         last = image_processor.image_groups([scene(28, 28)])[0]
-    # The object that stays has become background too, and what it hid at first as well.
-    assert matcher.stats()["refreshes"] >= 1 and matcher.stats()["references"] == 1
-    assert len(last) == 1 and last[0].patch_mask.all()
-    assert detector.calls == 1
+    # What the object hid at first is known now. The object that rests elsewhere is still an object.
+    assert matcher.stats()["refreshes"] == 1 and matcher.stats()["references"] == 1
+    assert last[0].patch_mask.all() and np.flatnonzero(last[1].patch_mask).tolist() == [10]
+    assert not (patch_blocks(last[0].pixels, 14)[10] == (250, 0, 0)).all()
+    # The detector ran for the first frame, and when the reference was about to be replaced (once for the object alone).
+    assert detector.calls <= 3
     moved = image_processor.image_groups([scene(42, 0)])[0]
-    assert set(np.flatnonzero(moved[1].patch_mask)) == {3, 10}
+    assert np.flatnonzero(moved[1].patch_mask).tolist() == [3]
+
+
+def test_objects_that_rest_in_front_of_an_unseen_background_never_become_it(image_processor, detector):
+    matcher = image_processor.enable_background_matching(tolerance=0)
+    for _ in range(80):
+        groups = image_processor.image_groups([scene(14, 14)])[0]
+    assert matcher.stats()["refreshes"] == 0 and detector.calls <= 3
+    assert np.flatnonzero(groups[1].patch_mask).tolist() == [5] and not groups[0].patch_mask[5]
 
 
 def test_what_passes_by_never_makes_a_reference():

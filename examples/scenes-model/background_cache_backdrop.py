@@ -184,6 +184,7 @@ class BackgroundCache:
                 return entry.tensors
         entry = self._fetch(kind, key, devices or [torch.device("cpu")], lease)
         if entry is None:
+            logger.debug("background %s not known", kind)
             with self._lock:
                 self._count(f"{kind}_misses")
             return None
@@ -386,6 +387,7 @@ class BackgroundCache:
         return self._transfer_seconds_per_byte[device] * num_bytes
 
     def _count_hit(self, kind: str, tier: str, seconds: float) -> None:
+        logger.debug("background %s found in tier %s, %.3f s saved", kind, tier, seconds)
         self._count(f"{kind}_hits")
         self._count(f"{tier}_hits")
         self._count("seconds_saved", max(0.0, seconds))

@@ -211,13 +211,21 @@ class BackgroundMatcher:
         match = self._compare(Reference(pixels, owned, reference.reference_id), image)
         return None if match is None else replace(match, refreshed=True)
 
-    def accept(self, image: np.ndarray, match: Match, objects: np.ndarray | None = None) -> Match:
+    def accept(
+        self,
+        image: np.ndarray,
+        match: Match,
+        objects: np.ndarray | None = None,
+        find_objects: Callable[[], np.ndarray] | None = None,
+    ) -> Match:
         """Counts a match, learns from the image, and improves the reference where that pays by now.
 
         Args:
             image: uint8 `[S, S, 3]`, the one that was matched.
             match: what `find` gave for it.
             objects: bool `[P]`, detected objects, which are fresh whatever the reference shows.
+            find_objects: gives them; called only where the reference is about to be improved: what rests in front of a
+                background must not become part of it.
 
         Returns:
             The match to use: the given one, or one with a refreshed reference.
@@ -225,8 +233,11 @@ class BackgroundMatcher:
         reusable = ~match.fresh
         with self._lock:
             self._store.touch(match.reference.reference_id)
-            if self.refresh:
-                match = self._learn(image, match)
+            improves = self.refresh and self._learn(image, match)
+        if improves:
+            resting = objects if objects is not None or find_objects is None else find_objects()
+            with self._lock:  # not held while a detector runs
+                match = self._improve(image, match, resting)
         objects = np.zeros_like(match.fresh) if objects is None else objects
         unseen = ~match.reference.patch_mask
         stale = match.fresh & ~unseen
@@ -300,10 +311,11 @@ class BackgroundMatcher:
             f"{stats['refreshes']} refreshes)"
         )
 
-    def _learn(self, image: np.ndarray, match: Match) -> Match:
+    def _learn(self, image: np.ndarray, match: Match) -> bool:
+        """Whether the reference should be improved, after this image."""
         old = match.reference
         if old.reference_id not in self._store:
-            return match  # evicted, or replaced by another thread: what was found holds all the same
+            return False  # evicted, or replaced by another thread: what was found holds all the same
         tracker = self._trackers.pop(old.reference_id, None)
         if tracker is None:
             tracker = BackgroundTracker(image, self.patch_size, self.tolerance)
@@ -314,28 +326,35 @@ class BackgroundMatcher:
             del self._trackers[known]
         while len(self._trackers) > TRACKED_REFERENCES:
             self._trackers.popitem(last=False)
-        improved = match if match.refreshed else None
-        if improved is None and tracker.pays(old.patch_mask):
-            tracker.wasted[:] = 0
-            pixels, owned = tracker.proposal(old.pixels, old.patch_mask)
-            same, staleness = reusable_patches(pixels, image, self.patch_size, self.tolerance)
-            improved = Match(Reference(pixels, owned, old.reference_id), ~(same & owned), staleness)
-            if improved.fresh.sum() >= match.fresh.sum():  # what was wasted lies in the past
-                improved = None
-        if improved is None:
+        return match.refreshed or tracker.pays(old.patch_mask)
+
+    def _improve(self, image: np.ndarray, match: Match, objects: np.ndarray | None) -> Match:
+        old = match.reference
+        tracker = self._trackers.get(old.reference_id)
+        if tracker is None or old.reference_id not in self._store:
+            return match
+        if objects is not None:
+            tracker.note_objects(objects)
+        # A revived match carries the proposal already; the store has what it was made from.
+        kept = self._store.read(old.reference_id)
+        if not match.refreshed and not tracker.pays(kept.patch_mask):
+            return match  # what was wasted were objects that rest
+        tracker.wasted[:] = 0
+        pixels, owned = tracker.proposal(kept.pixels, kept.patch_mask)
+        same, staleness = reusable_patches(pixels, image, self.patch_size, self.tolerance)
+        fresh = ~(same & owned)
+        if not match.refreshed and fresh.sum() >= match.fresh.sum():  # what was wasted lies in the past
             return match
         namespace = self._scope.get()[0]
         self._store.remove(old.reference_id)
         del self._trackers[old.reference_id]
-        pixels, owned = improved.reference.pixels, improved.reference.patch_mask
         shown = np.where(pixel_mask(owned, image.shape[0], self.patch_size)[..., None], pixels, image)
         reference = self._store.add(namespace, shown, owned)
         if reference is None:
-            return improved
-        tracker.wasted[:] = 0
+            return Match(Reference(pixels, owned, old.reference_id), fresh, staleness, refreshed=True)
         self._trackers[reference.reference_id] = tracker
         logger.info("background %d replaced by %d", old.reference_id, reference.reference_id)
-        return Match(reference, improved.fresh, improved.staleness, refreshed=True)
+        return Match(reference, fresh, staleness, refreshed=True)
 
     def _report(self, *values) -> None:
         if self.observer is not None:

@@ -4,7 +4,8 @@ A reference begins as one frame: noisy, and blind where an object stood. Each fr
 mean of every patch, begun anew where the patch changed. A patch that stayed the same for a while is *settled*: a
 reference with those pixels would have been reused there. Adopting it costs one encoding of the background, so it pays
 once the times that settled patches were encoded freshly, since they last changed, add up to as many as that (the
-break-even rule of the ski-rental problem). What merely passes by, however slowly, starts at zero with each change.
+break-even rule of the ski-rental problem). What merely passes by, however slowly, starts at zero with each change. What a detector calls an
+object never settles: models are trained on backgrounds without objects, and answer worse about one that hides there.
 """
 
 import numpy as np
@@ -35,16 +36,19 @@ class BackgroundTracker:
         self.mean = self._cells(image).astype(np.float32) if tolerance > 0 else None  # [g, p, g, 3 p]
         self.frames = np.ones(grid * grid, dtype=np.int32)  # since the last change
         self.wasted = np.zeros(grid * grid, dtype=np.int32)  # fresh encodings since the last change
+        self.objects = np.zeros(grid * grid, dtype=bool)  # detected when last looked, and unchanged since
 
     @property
     def num_bytes(self) -> int:
         """Bytes kept."""
-        return self.estimate.nbytes + self.frames.nbytes + (self.mean.nbytes if self.mean is not None else 0)
+        kept = self.estimate.nbytes + self.frames.nbytes + self.wasted.nbytes + self.objects.nbytes
+        return kept + (self.mean.nbytes if self.mean is not None else 0)
 
     def update(self, image: np.ndarray, fresh: np.ndarray) -> None:
         """Takes in a matched frame uint8 `[S, S, 3]` whose `fresh [P]` patches were encoded."""
         unchanged, _ = reusable_patches(self.estimate, image, self.patch_size, self.tolerance)
-        self.wasted = np.where(unchanged, self.wasted + fresh, 0)
+        self.objects &= unchanged
+        self.wasted = np.where(unchanged & ~self.objects, self.wasted + fresh, 0)
         self.frames = np.where(unchanged, self.frames + 1, 1)
         cells, estimate = self._cells(image), self._cells(self.estimate)
         if self.mean is None:
@@ -70,8 +74,13 @@ class BackgroundTracker:
         )
 
     def settled(self, owned: np.ndarray) -> np.ndarray:
-        """Bool `[P]`, given the patches `owned [P]` by the reference."""
-        return self.frames >= np.where(owned, SETTLED_OVER_KNOWN, SETTLED)
+        """Bool `[P]`, given the patches `owned [P]` by the reference. An object that rests is still an object."""
+        return (self.frames >= np.where(owned, SETTLED_OVER_KNOWN, SETTLED)) & ~self.objects
+
+    def note_objects(self, objects: np.ndarray) -> None:
+        """Patches `[P]` bool that a detector found objects in, in the latest frame: no background while they stay."""
+        self.objects = objects.copy()
+        self.wasted[objects] = 0
 
     def pays(self, owned: np.ndarray) -> bool:
         """Whether a better reference would by now have saved what it costs."""
@@ -91,6 +100,6 @@ class BackgroundTracker:
         settled = self.settled(owned)
         # Where the reference shows the same still, its mean is the better picture of it.
         same, _ = reusable_patches(pixels, self.estimate, self.patch_size, self.tolerance)
-        adopted = settled | (owned & same & (self.frames >= SETTLED))
+        adopted = settled | (owned & same & (self.frames >= SETTLED) & ~self.objects)
         mask = pixel_mask(adopted, pixels.shape[0], self.patch_size)
         return np.where(mask[..., None], self.estimate, pixels), settled | owned
