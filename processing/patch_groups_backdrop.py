@@ -130,7 +130,7 @@ def reusable_patches(
     staleness = _block_staleness(difference, patch_size)
     reusable = staleness <= tolerance
     if 0 < tolerance < 255 and reusable.any():
-        smooth = _binomial_filter(difference)
+        smooth = _binomial_filter(difference, patch_size)
         luma = smooth[..., 0] + smooth[..., 1]
         luma += smooth[..., 2]
         # The weights of the filter add up to 16, and luma is the sum of three channels.
@@ -167,17 +167,20 @@ def _block_staleness(difference: np.ndarray, patch_size: int) -> np.ndarray:
     return means.max(axis=(1, 3)).reshape(-1).astype(np.float32)
 
 
-def _binomial_filter(difference: np.ndarray) -> np.ndarray:
-    """int16 `[n, n, C]` under the filter [1 2 1]^T [1 2 1], zeros outside; no overflow: 16 * 255 < 2^15."""
-    n = difference.shape[0]
-    rows = difference.reshape(n, -1)
+def _binomial_filter(difference: np.ndarray, patch_size: int) -> np.ndarray:
+    """int16 `[n, n, C]` under the filter [1 2 1]^T [1 2 1], within each patch: what changes beside it is no concern.
+
+    No overflow: 16 * 255 < 2^15.
+    """
+    n, _, channels = difference.shape
+    rows = difference.reshape(n // patch_size, patch_size, -1)
     vertical = rows * np.int16(2)
-    vertical[1:] += rows[:-1]
-    vertical[:-1] += rows[1:]
-    smooth = vertical * np.int16(2)
-    channels = difference.shape[2]
-    smooth[:, channels:] += vertical[:, :-channels]
-    smooth[:, :-channels] += vertical[:, channels:]
+    vertical[:, 1:] += rows[:, :-1]
+    vertical[:, :-1] += rows[:, 1:]
+    cells = vertical.reshape(n, n // patch_size, patch_size * channels)
+    smooth = cells * np.int16(2)
+    smooth[..., channels:] += cells[..., :-channels]
+    smooth[..., :-channels] += cells[..., channels:]
     return smooth.reshape(difference.shape)
 
 

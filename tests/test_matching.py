@@ -181,6 +181,13 @@ def test_a_still_scene_is_reused_under_noise_and_jpeg(sigma):
     assert reusable.mean() > 0.99 and staleness.max() < 10
 
 
+def test_a_change_beside_a_patch_is_none_of_it():
+    still = texture(56, 0)
+    changed = still.copy()
+    changed[14:28, 14:28] = 255
+    assert np.flatnonzero(~reusable_patches(still, changed, 14, 10)[0]).tolist() == [5]
+
+
 def test_two_lamps_of_equal_brightness_are_told_apart():
     still = texture(56, 0)
     red, green = still.copy(), still.copy()
