@@ -37,7 +37,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from backdrop.modeling.grouped_vision_backdrop import encode_groups
 
 from . import scenes
-from .scenes import DENSE_LABELS, Split, box_patches, sample_scenes
+from .scenes import DENSE_LABELS, Split, box_patches, disturbed, sample_scenes
 
 IMAGE_SIZE = 168
 PATCH_SIZE = 14
@@ -92,7 +92,9 @@ def _draw_scenes(paths: dict[str, Path], split: Split, count: int, seed: int) ->
     }
     drawn = sample_scenes(split, count, seed)
     for i, scene in enumerate(tqdm(drawn, total=count, desc=f"{split} scenes", mininterval=5)):
-        arrays["pixels"][i] = np.asarray(scene.image).transpose(2, 0, 1)
+        # Every other scene as a camera sends it.
+        image = disturbed(scene.image, i) if i % 2 else scene.image
+        arrays["pixels"][i] = np.asarray(image).transpose(2, 0, 1)
         boxes = [item.xyxy for item in scene.objects]
         for grow in (0, 1):
             arrays["object_patches"][grow, i] = box_patches(boxes, IMAGE_SIZE, PATCH_SIZE, grow)

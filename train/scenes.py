@@ -21,6 +21,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
@@ -73,6 +74,9 @@ DENSE_LABELS: dict[str, int] = {
     "colour": len(COLOURS) + 1,
     "thing": len(THINGS) + 1,
     "anchor": 2,
+    # Where a patch is, 1 to 12: a tower that does not keep it leaves the language model without left and right.
+    "column": 13,
+    "row": 13,
 }
 
 _COLOUR_NAMES = tuple(COLOURS)
@@ -265,6 +269,14 @@ def _jitter(rgb: RGB, rng: random.Random, spread: int = 9) -> RGB:
     return tuple(min(255, max(0, c + light + rng.randint(-3, 3))) for c in rgb)
 
 
+def _word(words: Sequence[str], family: str, background_seed: int) -> str:
+    """A word of the list, or, for half of all backgrounds, 3 to 5 random characters that nobody can know by heart."""
+    rng = _rng("word", family, background_seed)
+    if rng.random() < 0.5:
+        return rng.choice(words)
+    return "".join(rng.choice(GLYPHS) for _ in range(rng.randint(3, 5)))
+
+
 def _ink_on(rgb: RGB) -> RGB:
     """Near-black or near-white, whichever reads better on the colour."""
     luminance = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]
@@ -377,6 +389,7 @@ class _ClassMaps:
             best = counts[:, 1:].argmax(axis=1) + 1
             enough = np.take_along_axis(counts, best[:, None], axis=1)[:, 0] * 4 >= step * step
             labels[head] = np.where(enough, best, 0)
+        labels["row"], labels["column"] = (place.ravel() * 12 // side + 1 for place in np.indices((side, side)))
         for item in objects:
             x0, y0, x1, y1 = item.xyxy
             labels["anchor"][(y0 + y1) // 2 // patch_size * side + (x0 + x1) // 2 // patch_size] = 1
@@ -386,7 +399,7 @@ class _ClassMaps:
 # phone
 
 
-def _phone_layout(rng: random.Random) -> _PhoneLayout:
+def _phone_layout(rng: random.Random, background_seed: int) -> _PhoneLayout:
     wallpaper, card = rng.sample(_COLOUR_NAMES, 2)
     card_top = 14 * rng.randint(1, 3)
     tops = [card_top + offset for offset in rng.sample((0, 42, 84), 3)]
@@ -397,7 +410,7 @@ def _phone_layout(rng: random.Random) -> _PhoneLayout:
         card=card,
         card_rgb=_jitter(COLOURS[card], rng),
         card_top=card_top,
-        label=rng.choice(_LABEL_WORDS),
+        label=_word(_LABEL_WORDS, "phone", background_seed),
         label_top=tops[0],
         time_xy=(14 * rng.randint(1, 2), tops[1]),
         toggle_xy=(14 * rng.randint(2, 7), tops[2]),
@@ -477,7 +490,7 @@ def _phone_questions(ask: _Asker, layout: _PhoneLayout, frame: _PhoneFrame) -> N
 # street
 
 
-def _street_layout(rng: random.Random) -> _StreetLayout:
+def _street_layout(rng: random.Random, background_seed: int) -> _StreetLayout:
     night = rng.random() < 0.35
     sign = str(rng.randint(10, 199))
     if rng.random() < 0.4:
@@ -664,7 +677,7 @@ def _street_questions(ask: _Asker, layout: _StreetLayout, frame: _StreetFrame) -
 # panel
 
 
-def _panel_layout(rng: random.Random) -> _PanelLayout:
+def _panel_layout(rng: random.Random, background_seed: int) -> _PanelLayout:
     frame = rng.choice(_COLOUR_NAMES)
     grey = rng.choice((76, 104, 196, 216))
     gauge_left = rng.random() < 0.5
@@ -674,7 +687,7 @@ def _panel_layout(rng: random.Random) -> _PanelLayout:
         frame=frame,
         frame_rgb=_jitter(COLOURS[frame], rng),
         face_rgb=_jitter((grey, grey, grey + 6), rng, 6),
-        name=f"{rng.choice(_PANEL_WORDS)} {rng.randint(1, 9)}",
+        name=f"{_word(_PANEL_WORDS, 'panel', background_seed)} {rng.randint(1, 9)}",
         unit=rng.choice(_UNITS),
         gauge_x=14 if gauge_left else 98,
         window_x=70 if gauge_left else 14,
@@ -848,7 +861,7 @@ _ASKERS = {"phone": _phone_questions, "street": _street_questions, "panel": _pan
 
 @lru_cache(maxsize=64)
 def _background(family: str, background_seed: int, zoom: int) -> tuple[_Layout, Image.Image, _ClassMaps]:
-    layout = _LAYOUTS[family](_rng(family, background_seed))
+    layout = _LAYOUTS[family](_rng(family, background_seed), background_seed)
     layer, maps = _Layer(_DESIGN_SIZE, _DESIGN_SIZE, zoom), _ClassMaps()
     _PAINTERS[family](layer, maps, layout)
     return layout, layer.flatten(), maps
@@ -911,6 +924,25 @@ def sample_scenes(split: Split, count: int, seed: int) -> Iterator[Scene]:
     seeds = background_seeds(split)
     for _ in range(count):
         yield render_scene(rng.choice(FAMILIES), rng.choice(seeds), rng.randrange(1 << 31))
+
+
+def disturbed(
+    image: Image.Image, seed: int, noise: float = 2.5, light: float = 2.0, jpeg_quality: int = 90
+) -> Image.Image:
+    """The image as a fixed camera would send it: light that drifts, sensor noise, JPEG.
+
+    Args:
+        noise: standard deviation of the sensor's noise, grey levels.
+        light: the whole image is at most so many grey levels lighter or darker.
+    """
+    rng = np.random.default_rng(seed)
+    pixels = np.asarray(image, np.float32) + rng.uniform(-light, light)
+    pixels += noise * rng.standard_normal(pixels.shape, dtype=np.float32)
+    buffer = BytesIO()
+    Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)).save(
+        buffer, "JPEG", quality=jpeg_quality, subsampling=0
+    )
+    return Image.open(buffer).convert("RGB")
 
 
 def box_patches(
