@@ -1,0 +1,1 @@
+"""Scores of a model on public benchmarks and on the made scenes."""
