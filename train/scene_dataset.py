@@ -1,10 +1,17 @@
 """Training rows from the scene generator: patch groups made by the model's own processor, and questions.
 
-    python -m backdrop.train.scene_dataset --model runs/scene_base --out runs/scene_rows --scenes 24000
+    python -m backdrop.train.scene_dataset --model runs/scene_base --out runs/scene_rows --scenes 12000
 
-The detector runs here, once. A share of the rows are *pairs*: the background group comes from another frame of the
-same scene and the fresh group from this one, paired by the same matcher that serves at inference, so that training
-sees what a matched background looks like. An equal-sized share is the whole image as one group (plain LLaVA).
+The detector runs here, once. Whatever the shares of the forms are, a seed gives the same scenes and questions:
+
+* `whole`: the image as one background group (plain LLaVA);
+* `split`: the detector's groups;
+* `pair`: the background group comes from another frame of the same scene and the fresh group from this one, paired by
+  the same matcher that serves at inference, so that training sees what a matched background looks like;
+* `stale`: a pair whose background is the *whole* other frame, so that it still shows that frame's objects: fresh
+  tokens contradict background tokens at the same place, and objects that rest are seen in the background.
+
+Half of the rows are as a fixed camera sends them (noise, light, JPEG), with a tolerance; the others as they are drawn.
 """
 
 import argparse
@@ -13,13 +20,14 @@ from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 from tqdm import tqdm
 
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.patch_groups_backdrop import PatchGroup, group_to_image, save_group
 
-from .scenes import FAMILIES, Scene, background_seeds, render_scene
+from .scenes import FAMILIES, Scene, background_seeds, disturbed, render_scene
 
 FEATURES = Features(
     {
@@ -29,30 +37,50 @@ FEATURES = Features(
 )
 
 
-FORMS = ("whole", "split", "pair")
+FORMS = ("whole", "split", "pair", "stale")
 BATCH = 32
+CAMERA_TOLERANCE = 10.0  # grey levels; noise and light of `disturbed` differ by less between two frames
+# Streets have the most to ask, and what takes longest to learn: places and plates.
+_FAMILY_WEIGHTS = {"phone": 3, "street": 5, "panel": 4}
+_TOPIC_WEIGHTS = {"plate": 4, "side": 2}
 
 
 def row_groups(
-    processor: BackdropImageProcessor, scenes: list[Scene], earlier: list[Scene | None], forms: list[str]
+    processor: BackdropImageProcessor,
+    images: list,
+    earlier: list,
+    forms: list[str],
+    tolerances: list[float],
 ) -> list[list[PatchGroup]]:
-    """Groups of each scene: "whole" image, "split" by the detector, or "pair" (background from the earlier frame)."""
+    """Groups of each image in its form; `earlier` are the other frames that pairs take their background from.
+
+    Where the matcher refuses a pair, the image is split.
+    """
     groups: dict[int, list[PatchGroup]] = {}
+    matcher = processor.background_matching
     for form in ("whole", "split"):
         members = [i for i, name in enumerate(forms) if name == form]
-        with processor.background_matching.scope(bypass=True):
-            found = processor.image_groups([scenes[i].image for i in members], split=form == "split")
+        with matcher.scope(bypass=True):
+            found = processor.image_groups([images[i] for i in members], split=form == "split")
         groups |= dict(zip(members, found, strict=True))
-    for i, (scene, before) in enumerate(zip(scenes, earlier, strict=True)):
-        if before is not None:
-            processor.background_matching.clear()
-            groups[i] = processor.image_groups([before.image, scene.image])[1]
-    return [groups[i] for i in range(len(scenes))]
+    for i in sorted(set(range(len(images))) - set(groups)):
+        matcher.clear()
+        matcher.tolerance = tolerances[i]
+        if forms[i] == "pair":
+            groups[i] = processor.image_groups([earlier[i], images[i]])[1]
+        else:
+            reference = processor.model_images([earlier[i]])[0]
+            matcher.add(reference, np.ones((reference.shape[0] // processor.patch_size) ** 2, dtype=bool))
+            groups[i] = processor.image_groups([images[i]])[0]
+    return [groups[i] for i in range(len(images))]
 
 
 def conversation(scene: Scene, questions: int, rng: random.Random) -> list[dict[str, str]]:
     """Up to `questions` questions about one image, in random order, each answered. TRL puts the images first."""
-    chosen = rng.sample(scene.questions, min(questions, len(scene.questions)))
+    # The largest of u^(1/w): a weighted sample without replacement (Efraimidis and Spirakis 2006).
+    order = sorted(scene.questions, key=lambda q: rng.random() ** (1 / _TOPIC_WEIGHTS.get(q.topic, 1)))
+    chosen = order[-questions:]
+    rng.shuffle(chosen)
     messages = []
     for question in chosen:
         messages.append({"role": "user", "content": question.question})
@@ -68,24 +96,42 @@ def rows(
     questions: int,
     shares: dict[str, float],
 ) -> Iterator[dict]:
-    """Dataset rows; `shares` gives the probability of each form ("whole", "split", "pair")."""
+    """Dataset rows; `shares` gives the probability of each form."""
     rng = random.Random(f"rows/{split}/{seed}")
     backgrounds = background_seeds(split)
-    processor.enable_background_matching(tolerance=0)
-    progress = tqdm(total=scenes, desc=f"{split} scenes")
+    processor.enable_background_matching(tolerance=0, refresh=False)
+    progress = tqdm(total=scenes, desc=f"{split} scenes", mininterval=5)
     for start in range(0, scenes, BATCH):
         count = min(BATCH, scenes - start)
-        forms = rng.choices(FORMS, weights=[shares[form] for form in FORMS], k=count)
-        places = [(rng.choice(FAMILIES), rng.choice(backgrounds)) for _ in forms]
-        drawn = [render_scene(*place, rng.randrange(2**31)) for place in places]
-        earlier = [
-            render_scene(*place, rng.randrange(2**31)) if form == "pair" else None
-            for place, form in zip(places, forms, strict=True)
-        ]
-        for scene, groups in zip(drawn, row_groups(processor, drawn, earlier, forms), strict=True):
-            images = [_png(group, processor.patch_size, processor.geometry()) for group in groups]
-            yield {"images": images, "messages": conversation(scene, questions, rng)}
+        drawn, images, earlier, tolerances, talks, forms = [], [], [], [], [], []
+        for _ in range(count):
+            family = rng.choices(FAMILIES, weights=[_FAMILY_WEIGHTS[name] for name in FAMILIES])[0]
+            background, camera = rng.choice(backgrounds), rng.random() < 0.5
+            frames = [render_scene(family, background, rng.randrange(2**31)) for _ in range(2)]
+            noise = [rng.randrange(2**31) for _ in frames]
+            seen = [
+                disturbed(scene.image, seed) if camera else scene.image
+                for scene, seed in zip(frames, noise, strict=True)
+            ]
+            drawn.append(frames[1])
+            earlier.append(seen[0])
+            images.append(seen[1])
+            tolerances.append(CAMERA_TOLERANCE if camera else 0.0)
+            talks.append(conversation(frames[1], questions, rng))
+            forms.append(_form(rng.random(), shares))
+        made = row_groups(processor, images, earlier, forms, tolerances)
+        for groups, messages in zip(made, talks, strict=True):
+            pngs = [_png(group, processor.patch_size, processor.geometry()) for group in groups]
+            yield {"images": pngs, "messages": messages}
         progress.update(count)
+
+
+def _form(draw: float, shares: dict[str, float]) -> str:
+    for form in FORMS:
+        draw -= shares[form]
+        if draw < 0:
+            return form
+    return FORMS[1]
 
 
 def _png(group: PatchGroup, patch_size: int, geometry: str) -> dict:
@@ -100,19 +146,21 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, required=True, help="folder whose processor splits the scenes")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--scenes", type=int, default=24_000)
-    parser.add_argument("--questions", type=int, default=6, help="questions per scene")
+    parser.add_argument("--scenes", type=int, default=12_000)
+    parser.add_argument("--questions", type=int, default=8, help="questions per scene")
     parser.add_argument("--split", choices=["train", "validation"], default="train")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--whole", type=float, default=0.2, help="share of rows with the whole image as one group"
-    )
-    parser.add_argument(
-        "--pair", type=float, default=0.4, help="share of rows with another frame's background"
-    )
+    parser.add_argument("--whole", type=float, default=0.1, help="share of whole images, 0-1")
+    parser.add_argument("--pair", type=float, default=0.35, help="share with another frame's background")
+    parser.add_argument("--stale", type=float, default=0.2, help="share with another whole frame behind")
     options = parser.parse_args()
+    shares = {"whole": options.whole, "pair": options.pair, "stale": options.stale}
+    shares["split"] = 1 - sum(shares.values())
+    if min(shares.values()) < -1e-9:
+        parser.error(
+            f"the shares of whole, pair and stale add up to {1 - shares['split']:g}; wanted at most 1"
+        )
     processor = BackdropImageProcessor.from_pretrained(options.model)
-    shares = {"whole": options.whole, "pair": options.pair, "split": 1 - options.whole - options.pair}
     dataset = Dataset.from_generator(
         rows,
         features=FEATURES,
