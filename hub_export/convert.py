@@ -43,10 +43,25 @@ SEPARATOR_WORDS = {
 }
 
 
-def chat_template(system_prompt: str = VICUNA_SYSTEM_PROMPT) -> str:
-    """LLaVA-1.5's prompt as a Jinja template with BOS, images first, and `{% generation %}` marks around answers.
+_IMAGES_FIRST = (
+    "{%- set images = message['content'] | selectattr('type', 'equalto', 'image') | list %}"
+    "{%- for image in images %}{{- '<image>' }}{%- endfor %}"
+    "{%- if images %}{{- '\\n' }}{%- endif %}"
+    "{{- text_of(message) }}"
+)
+_IMAGES_IN_PLACE = (
+    "{%- for part in message['content'] %}"
+    "{%- if not loop.first and (part['type'] == 'image') != (loop.previtem['type'] == 'image') %}{{- '\\n' }}{%- endif %}"
+    "{%- if part['type'] == 'image' %}{{- '<image>' }}{%- else %}{{- part['text'] }}{%- endif %}"
+    "{%- endfor %}"
+)
 
-    `<bos>SYSTEM USER: <image>\\nquestion ASSISTANT: answer</s>USER: ...`; the answer's marks include its EOS.
+
+def chat_template(system_prompt: str = VICUNA_SYSTEM_PROMPT, images_first: bool = True) -> str:
+    """LLaVA-1.5's prompt as a Jinja template with BOS and `{% generation %}` marks around answers.
+
+    `<bos>SYSTEM USER: <image>\\nquestion ASSISTANT: answer</s>USER: ...`; the answer's marks include its EOS. Images
+    stand together before the text, or, with `images_first` False, where the message has them, on a line of their own.
     """
     default = system_prompt.replace("\\", "\\\\").replace("'", "\\'")
     return (
@@ -62,12 +77,9 @@ def chat_template(system_prompt: str = VICUNA_SYSTEM_PROMPT) -> str:
         "{%- for message in messages %}"
         "{%- if message['role'] == 'user' %}"
         "{{- 'USER: ' }}"
-        "{%- if message['content'] is not string %}"
-        "{%- set images = message['content'] | selectattr('type', 'equalto', 'image') | list %}"
-        "{%- for image in images %}{{- '<image>' }}{%- endfor %}"
-        "{%- if images %}{{- '\\n' }}{%- endif %}"
-        "{%- endif %}"
-        "{{- text_of(message) + ' ' }}"
+        "{%- if message['content'] is string %}{{- message['content'] }}"
+        "{%- else %}" + (_IMAGES_FIRST if images_first else _IMAGES_IN_PLACE) + "{%- endif %}"
+        "{{- ' ' }}"
         "{%- elif message['role'] == 'assistant' %}"
         "{{- 'ASSISTANT:' }}"
         "{%- generation %}{{- ' ' + text_of(message) + eos_token }}{%- endgeneration %}"
@@ -145,12 +157,16 @@ def convert(
 
 @torch.no_grad()
 def prepare_tokens(
-    model: BackdropForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, separators: bool = True
+    model: BackdropForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    separators: bool = True,
+    meaning: bool = True,
 ) -> None:
     """Adds placeholder and separators to the tokenizer, gives them rows, and tells the model's configuration.
 
     Rows are added only where the table has none left, so that LLaVA-1.5 (32,064 rows for 32,002 tokens) stays bit
-    for bit what it was.
+    for bit what it was. Separators start as the mean of the words that describe them (`SEPARATOR_WORDS`), or, with
+    `meaning` False, at random with the table's own spread.
     """
     BackdropProcessor.add_tokens(tokenizer, separators)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -168,7 +184,10 @@ def prepare_tokens(
     for token, token_id in zip(SEPARATOR_TOKENS, config.separator_token_ids or (), strict=False):
         words = tokenizer(SEPARATOR_WORDS[token], add_special_tokens=False).input_ids
         for table in tables.values():
-            table[token_id] = table[words].mean(0)
+            start = (
+                table[words].mean(0) if meaning else torch.randn_like(table[token_id]) * table[words].std()
+            )
+            table[token_id] = start
     config._check()
 
 

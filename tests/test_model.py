@@ -496,3 +496,39 @@ def test_an_untrained_split_warns_once(caplog):
     said = [record for record in caplog.records if "not finetuned on patch groups" in record.message]
     transformers_logging.disable_propagation()
     assert len(said) == 1
+
+
+def test_raster_order_puts_tokens_back_into_the_grid():
+    pixels, mask, kinds = tiny.random_groups(4)
+    mask[1], mask[3] = ~mask[0], ~mask[2]
+    plain = tiny.backdrop_model(separators=False)
+    raster = tiny.backdrop_model(separators=False, raster_order=True)
+    apart = plain.model.get_image_features(pixels, mask, kinds).pooler_output
+    ordered = raster.model.get_image_features(pixels, mask, kinds).pooler_output
+    assert [len(group) for group in ordered] == [len(group) for group in apart]
+    for first in (0, 2):
+        grid = torch.zeros(tiny.PATCHES, apart[0].shape[1])
+        for g in (first, first + 1):
+            grid[mask[g]] = apart[g]
+        assert torch.equal(torch.cat(ordered[first : first + 2]), grid)
+    # Two images, not two groups of one: they stay as they are.
+    both = torch.ones_like(mask[:2])
+    one, two = (
+        m.model.get_image_features(pixels[:2], both, kinds[:2]).pooler_output for m in (plain, raster)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_unmasked_attention_sees_the_whole_group_image_and_still_caches():
+    pixels, mask, kinds = tiny.random_groups(3)
+    model = tiny.backdrop_model(masked_attention=False)
+    with torch.no_grad():
+        found = model.model.get_image_features(pixels, mask, kinds).pooler_output
+        whole = model.model.get_image_features(pixels, None, kinds).pooler_output
+        for g in range(3):
+            torch.testing.assert_close(found[g], whole[g][mask[g]], atol=1e-5, rtol=1e-4)
+        model.enable_background_cache(max_bytes=2**20)
+        for _ in range(2):
+            again = model.model.get_image_features(pixels, mask, kinds).pooler_output
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(again, found, strict=True))
+    assert model.background_cache.stats()["vision_tokens_reused"] > 0

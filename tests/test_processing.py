@@ -399,3 +399,15 @@ def test_copies_and_pickles_leave_the_live_parts_behind(processor):
     ):
         assert twin.background_matching is None
         assert twin.to_dict() == processor.image_processor.to_dict()
+
+
+def test_objects_first_turns_the_groups_around(processor):
+    image = scene(14, 14)
+    one, two = (
+        processor(images=[image], text=["<image>"], return_tensors="pt", background_first=first)
+        for first in (True, False)
+    )
+    assert one["group_kind"].tolist() == [0, 1] and two["group_kind"].tolist() == [1, 0]
+    assert torch.equal(one["pixel_values"], two["pixel_values"].flip(0))
+    text = processor.tokenizer.decode(two["input_ids"][0])
+    assert text.index("[OBJ_START]") < text.index("[BG_START]")

@@ -48,7 +48,7 @@ def scene_tokenizer(num_scenes: int = 400, seed: int = 0) -> PreTrainedTokenizer
 
 
 def build(
-    tower: Path, detector: Path, seed: int = 0
+    tower: Path, detector: ObjectDetector, seed: int = 0
 ) -> tuple[BackdropForConditionalGeneration, BackdropProcessor]:
     """Model and processor; the language model is Llama, 4 layers of width 192, from scratch."""
     torch.manual_seed(seed)
@@ -82,7 +82,7 @@ def build(
     image_processor = BackdropImageProcessor(
         size={"shortest_edge": side}, crop_size=size, patch_size=patch_size
     )
-    image_processor.set_detector(ObjectDetector.from_name_or_path(str(detector)))
+    image_processor.set_detector(detector)
     processor = BackdropProcessor(image_processor, tokenizer, chat_template=chat_template(system_prompt=""))
     return model, processor
 
@@ -92,11 +92,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tower", type=Path, required=True, help="folder of the pretrained CLIPVisionModel")
-    parser.add_argument("--detector", type=Path, required=True, help="ultralytics checkpoint (.pt)")
+    detector = parser.add_mutually_exclusive_group(required=True)
+    detector.add_argument("--detector", type=Path, help="ultralytics checkpoint (.pt)")
+    detector.add_argument("--detector-of", type=Path, help="model folder whose detector is taken")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    model, processor = build(options.tower, options.detector, options.seed)
+    if options.detector is not None:
+        detector = ObjectDetector.from_name_or_path(str(options.detector))
+    else:
+        detector = ObjectDetector.from_folder(str(options.detector_of))
+    model, processor = build(options.tower, detector, options.seed)
     model.save_pretrained(options.out)
     processor.save_pretrained(options.out)
     print(f"{options.out}: {model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens")

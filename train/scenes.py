@@ -389,7 +389,9 @@ class _ClassMaps:
             best = counts[:, 1:].argmax(axis=1) + 1
             enough = np.take_along_axis(counts, best[:, None], axis=1)[:, 0] * 4 >= step * step
             labels[head] = np.where(enough, best, 0)
-        labels["row"], labels["column"] = (place.ravel() * 12 // side + 1 for place in np.indices((side, side)))
+        labels["row"], labels["column"] = (
+            place.ravel() * 12 // side + 1 for place in np.indices((side, side))
+        )
         for item in objects:
             x0, y0, x1, y1 = item.xyxy
             labels["anchor"][(y0 + y1) // 2 // patch_size * side + (x0 + x1) // 2 // patch_size] = 1

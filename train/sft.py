@@ -1,43 +1,81 @@
 """Finetunes a Backdrop model with TRL's `SFTTrainer`.
 
-    python -m backdrop.train.sft --config train/recipes/scenes.yaml
-    accelerate launch -m backdrop.train.sft --config recipe.yaml
+    python -m backdrop.train.sft --config train/recipes/finetune_lora.yaml --model MODEL --dataset ROWS
+    accelerate launch --config_file fsdp.yaml -m backdrop.train.sft --config recipe.yaml
+    python -m backdrop.train.sft --config recipe.yaml --dry_run true
 
-A recipe holds the fields of `BackdropArguments`, of TRL's `SFTConfig` and of its `ModelConfig` (LoRA). Rows have
+A recipe holds the fields of `BackdropArguments`, of TRL's `SFTConfig` and of its `ModelConfig` (LoRA, bits). Rows have
 `messages` and `images`; an image that is a patch group (RGBA) is taken as it stands, any other is split.
 """
 
 import json
+import logging
+import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from peft import LoraConfig
-from transformers import TrainerCallback
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from trl import ModelConfig, SFTConfig, TrlParser
 
-from backdrop.hub_export.convert import extend_model
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
-from .trainable import TrainableCheck, print_trainable, select_trainable, trainable_rows
+from .assemble import ModelArguments, assemble, build_processor, outline
+from .data.load import load_rows
+from .stages import check_start, write_stage
+from .trainable import TrainableCheck, last_layers, print_trainable, select_trainable, trainable_rows
+from .trainer import GROUP_KINDS, PARTIAL, BackdropTrainer, replace_files
 
 # Only the language model: bare names such as q_proj would reach into the tower and prefusion too.
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+DRY_RUN_ROWS = 64
+# These make a folder loadable; they come last when a run ends.
+LOADED_FIRST = ("config.json", "adapter_config.json")
+logger = logging.getLogger(__name__)
 
 
-@dataclass
-class BackdropArguments:
+@dataclass(kw_only=True)
+class BackdropArguments(ModelArguments):
     """What a recipe says beyond TRL's own options."""
 
-    model: str = field(
-        metadata={"help": "Folder of a Backdrop model (from convert, export or an earlier stage)."}
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of the data; of rows: `save_to_disk`, parquet, JSON."},
     )
-    dataset: str = field(metadata={"help": "Folder of `save_to_disk`, a folder of files, or a Hub id."})
+    dataset_name: str = field(
+        default="rows",
+        metadata={"help": "What the data is: rows, llava_instruct, textvqa, ... (backdrop.train.data)."},
+    )
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    image_folder: str | None = field(default=None, metadata={"help": "Where the images are, if apart."})
+    streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed (set max_steps)."})
+    on_bad_row: str = field(
+        default="skip",
+        metadata={
+            "help": "A row that cannot be used is counted and left out, or ends the run.",
+            "choices": ["skip", "raise"],
+        },
+    )
+    max_rows: int | None = field(default=None, metadata={"help": "Use only so many rows."})
+    stage: str | None = field(default=None, metadata={"help": "Name noted beside the finished checkpoint."})
+    requires_stage: str | None = field(
+        default=None, metadata={"help": "Refuse to start from a checkpoint of any other stage."}
+    )
+    train: bool = field(
+        default=True, metadata={"help": "False: set the switches above and save, without a step."}
+    )
     trainable: list[str] = field(
-        default_factory=lambda: ["multi_modal_projector", "prefusion", "embed_tokens"],
-        metadata={"help": "Without LoRA: regular expressions over parameter names; all else is frozen."},
+        default_factory=lambda: ["multi_modal_projector", "prefusion", "separators"],
+        metadata={
+            "help": "Without LoRA: regular expressions over parameter names, `separators`; all else is frozen."
+        },
+    )
+    train_last_layers: int = field(
+        default=0, metadata={"help": "Without LoRA: the language model's last so many layers train too."}
     )
     lora_also_trains: list[str] = field(
         default_factory=lambda: ["multi_modal_projector"],
@@ -45,29 +83,51 @@ class BackdropArguments:
             "help": "With LoRA: modules trained whole beside it (multi_modal_projector, prefusion, ...)."
         },
     )
-    num_prefusion_layers: int = field(
-        default=0, metadata={"help": "Give the model prefusion if it has none."}
+    matching_loss: float = field(
+        default=0.0, metadata={"help": "Weight of the image-text matching loss (two more forwards), 0: off."}
     )
-    separate_vision_towers: bool = field(
-        default=False, metadata={"help": "Give object groups a tower of their own."}
+    group_kinds: str = field(
+        default="any",
+        metadata={"help": "Refuse groups of another kind.", "choices": sorted(GROUP_KINDS)},
     )
-    separate_projectors: bool = field(
-        default=False, metadata={"help": "Give object groups a projector of their own."}
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print what trains and the peak memory it needs, and stop."}
     )
 
 
-def load_rows(name: str, split: str) -> Dataset:
-    """Rows with `messages` and `images` from a folder written by `save_to_disk`, other files, or the Hub."""
-    folder = Path(name)
-    if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
-        rows = load_from_disk(name)
-        rows = rows[split] if isinstance(rows, DatasetDict) else rows
-    else:
-        rows = load_dataset(name, split=split)
-    missing = {"messages", "images"} - set(rows.column_names)
-    if missing:
-        raise ValueError(f"The dataset {name!r} has columns {rows.column_names}; wanted messages and images.")
-    return rows
+@dataclass
+class TrainingConfig(SFTConfig):
+    """TRL's own options with three defaults that fit: image tokens are never cut off, a checkpoint every epoch."""
+
+    max_length: int | None = field(
+        default=None, metadata={"help": "Must stay null: cutting image tokens off is an error."}
+    )
+    save_strategy: str = field(default="epoch", metadata={"help": "When checkpoints are saved."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Where metrics go."})
+
+
+def choose_trainable(model, arguments: BackdropArguments, options: ModelConfig) -> LoraConfig | None:
+    """Marks what trains; LoRA's configuration where the recipe asks for it. Nothing is loaded for this.
+
+    Raises:
+        ValueError: a name or pattern that the model does not have.
+    """
+    if not options.use_peft:
+        if options.load_in_4bit or options.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit train adapters only; wanted use_peft: true.")
+        patterns = arguments.trainable + last_layers(model, arguments.train_last_layers)
+        select_trainable(model, patterns)
+        return None
+    if arguments.train_last_layers:
+        raise ValueError(
+            f"train_last_layers is {arguments.train_last_layers} beside use_peft; wanted one of the two."
+        )
+    optional = {"prefusion", "object_vision_tower", "object_multi_modal_projector"}
+    missing = [name for name in arguments.lora_also_trains if not hasattr(model.model, name)]
+    unknown = sorted(set(missing) - optional)
+    if unknown:
+        raise ValueError(f"lora_also_trains: the model has no module {unknown}.")
+    return lora_config(model, options, [name for name in arguments.lora_also_trains if name not in missing])
 
 
 def lora_config(model: BackdropForConditionalGeneration, options: ModelConfig, also: list[str]) -> LoraConfig:
@@ -86,56 +146,157 @@ def lora_config(model: BackdropForConditionalGeneration, options: ModelConfig, a
     )
 
 
-def build_trainer(arguments: BackdropArguments, training: SFTConfig, options: ModelConfig) -> SFTTrainer:
-    """Model, rows and trainer of a recipe, everything checked before the first step."""
-    if training.max_length is not None:
-        raise ValueError(
-            f"max_length is {training.max_length}; wanted null: cutting image tokens off is an error."
-        )
-    rows = load_rows(arguments.dataset, arguments.dataset_split)
-    processor = BackdropProcessor.from_pretrained(arguments.model)
-    model = BackdropForConditionalGeneration.from_pretrained(
-        arguments.model, dtype=options.dtype or "auto", attn_implementation=options.attn_implementation
-    )
-    extend_model(
-        model,
-        num_prefusion_layers=arguments.num_prefusion_layers,
-        separate_vision_towers=arguments.separate_vision_towers,
-        separate_projectors=arguments.separate_projectors,
-    )
-    model.config.trained_on_groups = True
-    peft_config = None
-    if options.use_peft:
-        also = [name for name in arguments.lora_also_trains if hasattr(model.model, name)]
-        if also != arguments.lora_also_trains:
-            missing = sorted(set(arguments.lora_also_trains) - set(also))
-            raise ValueError(f"lora_also_trains: the model has no module {missing}.")
-        peft_config = lora_config(model, options, also)
-    else:
-        select_trainable(model, arguments.trainable)
-    trainer = SFTTrainer(
+def outline_trainable(arguments: BackdropArguments, options: ModelConfig):
+    """The model of the recipe on the meta device, ready to train: what fails here costs nothing."""
+    dtype = torch.float32 if options.dtype in (None, "auto") else getattr(torch, options.dtype)
+    model = outline(arguments, options.attn_implementation, dtype)
+    adapter = choose_trainable(model, arguments, options)
+    return model if adapter is None else get_peft_model(model, adapter)
+
+
+def build_trainer(arguments: BackdropArguments, training: SFTConfig, options: ModelConfig) -> BackdropTrainer:
+    """Model, rows and trainer of a recipe, everything checked before a weight is read."""
+    check_recipe(arguments, training, options)
+    rows = training_rows(arguments)
+    model, processor = assemble(arguments, options)
+    model.config.trained_on_groups = model.config.trained_on_groups or processor.image_processor.split
+    peft_config = choose_trainable(model, arguments, options)
+    return BackdropTrainer(
         model=model,
         args=training,
         train_dataset=rows,
         processing_class=processor,
         peft_config=peft_config,
-        callbacks=[TrainableCheck(), SaveConfig()],
+        callbacks=[TrainableCheck()],
+        matching_loss=arguments.matching_loss,
+        group_kinds=arguments.group_kinds,
     )
-    return trainer
 
 
-class SaveConfig(TrainerCallback):
-    """Writes the model's configuration beside every checkpoint: an adapter's folder would not have it, and with it
-    would go what the run added to the base (prefusion, towers) and that it was trained on groups."""
+def check_recipe(arguments: BackdropArguments, training: SFTConfig, options: ModelConfig) -> None:
+    """Everything about a recipe that can be wrong without its data and weights."""
+    if training.max_length is not None:
+        raise ValueError(
+            f"max_length is {training.max_length}; wanted null: cutting image tokens off is an error."
+        )
+    if arguments.train and arguments.dataset is None:
+        raise ValueError("dataset is null; wanted the rows to train on (or train: false).")
+    if arguments.streaming and training.max_steps <= 0:
+        raise ValueError(f"max_steps is {training.max_steps} with streaming; wanted the number of steps.")
+    check_start(arguments.model, arguments.requires_stage)
+    if arguments.train:
+        outline_trainable(arguments, options)
 
-    def on_save(self, args, state, control, model=None, **kwargs):
-        if state.is_world_process_zero:
-            model.config.save_pretrained(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+def training_rows(arguments: BackdropArguments) -> Dataset | IterableDataset:
+    """The recipe's rows; bad ones are counted and named on the console."""
+    rows, bad = load_rows(
+        arguments.dataset_name,
+        arguments.dataset,
+        split=arguments.dataset_split,
+        images=arguments.image_folder,
+        streaming=arguments.streaming,
+        on_bad_row=arguments.on_bad_row,
+        limit=arguments.max_rows,
+        image_position=arguments.image_position or "first",
+    )
+    if len(bad):
+        logger.warning(bad.summary())
+    return rows
 
 
-def main() -> None:
-    parser = TrlParser((BackdropArguments, SFTConfig, ModelConfig))
-    arguments, training, options = parser.parse_args_and_config(fail_with_unknown_args=True)
+def dry_run(arguments: BackdropArguments, training: SFTConfig, options: ModelConfig) -> None:
+    """Prints what would train and what memory it needs, without loading a weight."""
+    from .memory import estimate, print_memory
+
+    check_recipe(arguments, training, options)
+    model = outline_trainable(arguments, options)
+    print_trainable(trainable_rows(model))
+    processor = build_processor(arguments)
+    longest, images, groups = row_shape(training_rows(arguments), processor)
+    found = estimate(
+        model,
+        training,
+        options,
+        sequence_length=longest,
+        images_per_row=images,
+        groups_per_image=groups,
+        device="cpu" if training.use_cpu else "cuda",
+    )
+    print_memory(found)
+    print(
+        f"for rows of {longest} tokens, {images} images of {groups} groups: the longest of {DRY_RUN_ROWS} read"
+    )
+
+
+def row_shape(rows: Dataset | IterableDataset, processor: BackdropProcessor) -> tuple[int, int, int]:
+    """Of the first rows the most tokens, images and groups an image: what a dry run counts with."""
+    longest, images, groups = 0, 1, 1
+    for row, _ in zip(rows, range(DRY_RUN_ROWS), strict=False):
+        messages = [dict(message) for message in row["messages"]]
+        first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+        text = messages[first]["content"]
+        if isinstance(text, str):
+            parts = [{"type": "image"} for _ in row["images"]] + [{"type": "text", "text": text}]
+            messages[first] = {"role": "user", "content": parts}
+        prompt = processor.apply_chat_template(messages, tokenize=False)
+        inputs = processor(images=list(row["images"]) or None, text=prompt, add_special_tokens=False)
+        longest = max(longest, len(inputs["input_ids"][0]))
+        if row["images"]:
+            images = max(images, len(row["images"]))
+            groups = max(groups, -(-len(inputs["group_kind"]) // len(row["images"])))
+    return longest, images, groups
+
+
+def finish(trainer: BackdropTrainer, arguments: BackdropArguments, training: SFTConfig, recipe: dict) -> None:
+    """Writes the finished model into the output folder; a run cut off in here leaves a folder that does not load."""
+    out, built = Path(training.output_dir), Path(training.output_dir, PARTIAL, "final")
+    trainer.save_model(str(built))
+    trainer.accelerator.wait_for_everyone()
+    if not trainer.is_world_process_zero():
+        return
+    trainer.model.config.save_pretrained(built)
+    trainer.processing_class.save_pretrained(built)
+    (built / "log.json").write_text(json.dumps(trainer.state.log_history, indent=2))
+    write_stage(built, arguments.stage, recipe)
+    replace_files(built, out, LOADED_FIRST)
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)
+
+
+def set_switches(
+    arguments: BackdropArguments, training: SFTConfig, options: ModelConfig, recipe: dict
+) -> None:
+    """A stage in which nothing trains: the model with the recipe's switches set."""
+    check_recipe(arguments, training, options)
+    out, built = Path(training.output_dir), Path(training.output_dir, PARTIAL, "final")
+    model, processor = assemble(arguments, options)
+    built.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(built)
+    processor.save_pretrained(built)
+    write_stage(built, arguments.stage, recipe)
+    replace_files(built, out, LOADED_FIRST)
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)
+
+
+def parse(arguments: list[str] | None = None) -> tuple[BackdropArguments, SFTConfig, ModelConfig]:
+    """A recipe and what the command line says over it.
+
+    Raises:
+        ValueError: a key of the recipe that no option has, named.
+    """
+    parser = TrlParser((BackdropArguments, TrainingConfig, ModelConfig))
+    return parser.parse_args_and_config(args=arguments, fail_with_unknown_args=True)
+
+
+def run(arguments: BackdropArguments, training: SFTConfig, options: ModelConfig) -> None:
+    """One recipe from start to finish."""
+    recipe = {**vars(arguments), "training": training.to_dict(), "options": vars(options)}
+    if arguments.dry_run:
+        dry_run(arguments, training, options)
+        return
+    if not arguments.train:
+        set_switches(arguments, training, options, recipe)
+        return
     trainer = build_trainer(arguments, training, options)
     rows = trainable_rows(trainer.model)
     if trainer.is_world_process_zero():
@@ -143,11 +304,15 @@ def main() -> None:
         Path(training.output_dir).mkdir(parents=True, exist_ok=True)
         Path(training.output_dir, "trainable.json").write_text(json.dumps(rows, indent=2))
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.save_model(training.output_dir)
-    if trainer.is_world_process_zero():
-        trainer.model.config.save_pretrained(training.output_dir)
-        trainer.processing_class.save_pretrained(training.output_dir)
-        Path(training.output_dir, "log.json").write_text(json.dumps(trainer.state.log_history, indent=2))
+    finish(trainer, arguments, training, recipe)
+
+
+def main() -> None:
+    try:
+        run(*parse())
+    except ValueError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

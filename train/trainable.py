@@ -2,6 +2,7 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
 from rich.console import Console
@@ -10,6 +11,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
+
+# Parts that a model may lack: naming one is no mistake.
+OPTIONAL_PARTS = ("prefusion", "object_vision_tower", "object_multi_modal_projector", "separators")
+SEPARATORS = "separators"
 
 
 def unused_parameters(model: BackdropForConditionalGeneration) -> set[str]:
@@ -27,14 +32,33 @@ def unused_parameters(model: BackdropForConditionalGeneration) -> set[str]:
     return names
 
 
+def last_layers(model: BackdropForConditionalGeneration, count: int) -> list[str]:
+    """Patterns of the language model's last `count` layers and its final norm.
+
+    Raises:
+        ValueError: the language model has fewer.
+    """
+    depth = model.config.text_config.num_hidden_layers
+    if not 0 <= count <= depth:
+        raise ValueError(f"train_last_layers is {count}; the language model has {depth} layers.")
+    if count == 0:
+        return []
+    numbers = "|".join(str(number) for number in range(depth - count, depth))
+    return [rf"language_model\.layers\.({numbers})\.", r"language_model\.norm\."]
+
+
 def select_trainable(model: BackdropForConditionalGeneration, patterns: list[str]) -> None:
     """Freezes everything but the parameters in whose names one of the regular expressions is found.
 
+    `separators` names the separators' rows of the embedding table (and of a tied head): the other rows of that table
+    get no gradient. The name of a part that this model does not have (`OPTIONAL_PARTS`) selects nothing.
+
     Raises:
-        ValueError: a pattern that matches no parameter (named), or none given.
+        ValueError: another pattern that matches no parameter (named), or none given.
     """
     names = [name for name, _ in model.named_parameters()]
-    idle = [pattern for pattern in patterns if not any(re.search(pattern, name) for name in names)]
+    found = {pattern: any(re.search(pattern, name) for name in names) for pattern in patterns}
+    idle = [pattern for pattern, matches in found.items() if not matches and pattern not in OPTIONAL_PARTS]
     if idle or not patterns:
         raise ValueError(
             f"trainable: {idle or 'no pattern'} matches no parameter; wanted regular expressions over names such as {names[0]!r}."
@@ -43,18 +67,50 @@ def select_trainable(model: BackdropForConditionalGeneration, patterns: list[str
     for name, parameter in model.named_parameters():
         chosen = any(re.search(pattern, name) for pattern in patterns)
         parameter.requires_grad_(chosen and name not in unused)
+    embedding = model.get_input_embeddings()
+    embedding.trained_rows = None
+    if SEPARATORS in patterns and model.config.separator_token_ids and not embedding.weight.requires_grad:
+        _train_rows(embedding, model.config.separator_token_ids)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"trainable: the model has none of {patterns}; nothing would train.")
+
+
+def _train_rows(embedding: nn.Embedding, rows: list[int]) -> None:
+    embedding.trained_rows = list(rows)
+    embedding.weight.requires_grad_(True)
+
+    def only_rows(gradient: torch.Tensor) -> torch.Tensor:
+        kept = torch.zeros_like(gradient)
+        kept[rows] = gradient[rows]
+        return kept
+
+    embedding.weight.register_hook(only_rows)
+
+
+def row_trained_names(model: nn.Module) -> dict[str, list[int]]:
+    """Names of embedding tables of which only some rows train -> those rows."""
+    return {
+        f"{name}.weight": module.trained_rows
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and getattr(module, "trained_rows", None)
+    }
 
 
 def trainable_rows(model: nn.Module) -> list[dict]:
     """One row per part of the model: parameters, how many train, dtype, device."""
     parts: dict[str, list[tuple[str, nn.Parameter]]] = defaultdict(list)
+    partly = row_trained_names(model)
     for name, parameter in model.named_parameters():
         parts[_part(name)].append((name, parameter))
     rows = []
     for part, members in parts.items():
         parameters = [parameter for _, parameter in members]
         total = sum(p.numel() for p in parameters)
-        training = sum(p.numel() for p in parameters if p.requires_grad)
+        training = sum(
+            len(partly[name]) * p.shape[-1] if name in partly else p.numel()
+            for name, p in members
+            if p.requires_grad
+        )
         rows.append(
             {
                 "module": part,
@@ -71,7 +127,9 @@ def trainable_rows(model: nn.Module) -> list[dict]:
 def print_trainable(rows: list[dict]) -> None:
     """The table on the console."""
     table = Table("module", "parameters", "trainable", "share", "dtype", "device", title="What trains")
-    for row in rows:
+    total = {key: sum(row[key] for row in rows) for key in ("parameters", "trainable")}
+    total |= {"module": "all", "share": total["trainable"] / max(total["parameters"], 1)}
+    for row in [*rows, total | {"dtype": "", "device": ""}]:
         cells = row["module"], f"{row['parameters']:,}", f"{row['trainable']:,}", f"{row['share']:.1%}"
         table.add_row(*cells, row["dtype"], row["device"])
     Console().print(table)
@@ -91,20 +149,17 @@ class TrainableCheck(TrainerCallback):
     """Stops after the first step if a trainable parameter got no gradient or a frozen one moved."""
 
     def __init__(self):
-        self._frozen: dict[str, torch.Tensor] = {}
+        self._frozen: dict[str, tuple] = {}
         self._checked = False
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._frozen = {
-            name: parameter.detach().clone()
-            for name, parameter in model.named_parameters()
-            if not parameter.requires_grad
-        }
+        self._frozen = dict(_frozen_values(model))
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if self._checked:
             return
-        without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        gradient = _gradient_reader(args)
+        without = [name for name, p in model.named_parameters() if p.requires_grad and gradient(p) is None]
         if without:
             raise ValueError(
                 f"Trainable parameters without a gradient after the first step: {', '.join(without)}."
@@ -114,11 +169,36 @@ class TrainableCheck(TrainerCallback):
         if self._checked:
             return
         self._checked = True
-        moved = [
-            name
-            for name, p in model.named_parameters()
-            if name in self._frozen and not torch.equal(p, self._frozen[name])
-        ]
+        now = dict(_frozen_values(model))
+        moved = [name for name, value in self._frozen.items() if now.get(name) != value]
         self._frozen = {}
         if moved:
             raise ValueError(f"Frozen parameters moved in the first step: {', '.join(moved)}.")
+
+
+def _frozen_values(model: nn.Module) -> Iterator[tuple[str, tuple]]:
+    """(name, checksums) of every frozen parameter, and of the frozen rows of a table that trains in part.
+
+    A copy of a 7B model would not fit beside it. XOR and sum together miss no change that training makes: equal
+    changes of an even number of elements cancel in the one, opposite ones in the other.
+    """
+    partly = row_trained_names(model)
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        if name in partly:
+            value = value.clone()
+            value[partly[name]] = 0
+        elif parameter.requires_grad:
+            continue
+        value = value.to_local() if hasattr(value, "to_local") else value
+        if value.numel() and value.device.type != "meta":
+            yield name, (torch.hash_tensor(value).item(), float(value.sum(dtype=torch.float64)))
+
+
+def _gradient_reader(args):
+    """How a parameter's gradient is read: DeepSpeed keeps it in buffers of its own."""
+    if getattr(args, "deepspeed", None):
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad
+    return lambda parameter: parameter.grad

@@ -1,0 +1,258 @@
+"""Memory of training before it starts: hand-counted parts, orders, and one real run."""
+
+import pytest
+import tiny
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig
+from trl import ModelConfig, SFTConfig
+
+from backdrop.train import memory
+from backdrop.train.memory import estimate, meta_model, packed_bytes
+
+LENGTH = 40
+EVERYTHING = ["language_model", "lm_head", "multi_modal_projector"]
+
+
+def settings(folder, **changes) -> SFTConfig:
+    values = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "per_device_train_batch_size": 2,
+        "activation_checkpointing": False,
+        "bf16": False,
+        "optim": "adamw_torch",
+        "report_to": "none",
+        "max_length": None,
+    }
+    return SFTConfig(**{**values, **changes})
+
+
+def options(**changes) -> ModelConfig:
+    return ModelConfig(**{"dtype": "float32", **changes})
+
+
+def of(
+    folder,
+    choices=None,
+    patterns=EVERYTHING,
+    config=None,
+    device="cuda",
+    length=LENGTH,
+    model=None,
+    **training,
+):
+    """Estimate of a tiny recipe."""
+    choices = choices or options()
+    model = model or meta_model(
+        config or tiny.backdrop_config(), choices, patterns, ["multi_modal_projector"]
+    )
+    return estimate(model, settings(folder, **training), choices, sequence_length=length, device=device)
+
+
+def wide_config(width=256, layers=3):
+    """Wide enough for layers to outweigh the rest."""
+    return tiny.backdrop_config(
+        text_config=tiny.text_config(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers)
+    )
+
+
+def test_weights_gradients_and_states_are_those_counted_by_hand(tmp_path):
+    model = tiny.backdrop_model()
+    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    memory.select_trainable(model, ["multi_modal_projector"])
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == 32 * 32 * 2 + 2 * 32
+    # Two float32 of AdamW for each weight that trains, and a step count for each of the four tensors.
+    found = of(tmp_path, model=model, device="cpu")
+    assert found.weights == weights
+    assert found.optimizer == 2 * 4 * trained + 4 * 4
+    assert found.gradients in range(4 * trained + 1)
+    accumulated = of(tmp_path, model=model, device="cpu", gradient_accumulation_steps=2)
+    assert accumulated.gradients == 4 * trained
+    assert of(tmp_path, model=model, device="cpu", optim="sgd").optimizer == 0
+    assert all(p.grad is None and not p.is_meta for p in model.parameters()), "the model given was touched"
+
+
+def test_activations_are_those_of_a_real_run(tmp_path):
+    """A real forward of the same batch, its saved tensors counted by autograd's own hooks."""
+    config, training = wide_config(), settings(tmp_path)
+    model = memory.BackdropForConditionalGeneration(config).train()
+    memory.select_trainable(model, EVERYTHING)
+    found = estimate(model, training, options(), sequence_length=LENGTH, device="cpu")
+
+    fixed = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in fixed:
+            saved[storage._cdata] = storage
+        return tensor
+
+    memory._prepare(model, training)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = model(**memory._batch(config, training, LENGTH, 1, 2), fused_lm_head=True)
+        loss = -outputs.log_probs.sum()
+    real = sum(storage.nbytes() for storage in saved.values())
+    assert loss.requires_grad and real > 2**20
+    # The batch itself is counted beside what is saved.
+    assert real <= found.saved_for_backward <= 1.05 * real
+
+
+def test_checkpointing_keeps_less(tmp_path):
+    config = wide_config(layers=4)
+    kept, recomputed = (of(tmp_path, config=config, activation_checkpointing=flag) for flag in (False, True))
+    assert recomputed.saved_for_backward < kept.saved_for_backward / 3
+    assert recomputed.peaks["backward"] < kept.peaks["backward"]
+    assert recomputed.weights == kept.weights
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_eager_attention_keeps_its_maps(tmp_path, dtype):
+    length = 256
+    eager, sdpa = (
+        of(tmp_path, options(dtype=dtype, attn_implementation=name), length=length)
+        for name in ("eager", "sdpa")
+    )
+    heads, layers, rows = 4, 2, 2
+    maps = layers * rows * heads * length**2 * 4
+    assert eager.saved_for_backward - sdpa.saved_for_backward > 0.7 * maps
+    # Without padding (one row) flash keeps nothing that grows with the square.
+    one = of(
+        tmp_path, options(dtype="bfloat16"), length=length, per_device_train_batch_size=1
+    ).saved_for_backward
+    two = of(
+        tmp_path, options(dtype="bfloat16"), length=2 * length, per_device_train_batch_size=1
+    ).saved_for_backward
+    assert two < 2 * one
+
+
+def test_quantised_is_less_than_bf16_and_matches_the_block_sizes(tmp_path):
+    config = wide_config()
+    base = {"use_peft": True, "lora_r": 4, "dtype": "bfloat16"}
+    plain = of(tmp_path, options(**base), config=config)
+    eight = of(tmp_path, options(**base, load_in_8bit=True), config=config)
+    four = of(tmp_path, options(**base, load_in_4bit=True), config=config)
+    nested = of(tmp_path, options(**base, load_in_4bit=True, use_bnb_nested_quant=True), config=config)
+    assert nested.weights < four.weights < eight.weights < plain.weights
+    # QLoRA, section 3: 0.5 bit a weight for the scales of 64, 0.127 with their own scales in 8 bits.
+    numel = 4096 * 11008
+    assert 8 * packed_bytes(numel, nested=False) / numel == pytest.approx(4.5, abs=1e-3)
+    assert 8 * packed_bytes(numel, nested=True) / numel == pytest.approx(4.127, abs=1e-3)
+
+
+def test_eight_bits_keep_inputs_that_checkpointing_cannot_free(tmp_path):
+    """bitsandbytes keeps them on the function's context, see `_QuantisedMatmul`."""
+    config, base = wide_config(), {"use_peft": True, "lora_r": 4, "dtype": "bfloat16"}
+    four, eight = (
+        of(
+            tmp_path,
+            options(**base, **{f"load_in_{bits}bit": True}),
+            config=config,
+            activation_checkpointing=True,
+        )
+        for bits in (4, 8)
+    )
+    assert eight.saved_for_backward > 1.5 * four.saved_for_backward
+
+
+def test_optimizers(tmp_path):
+    with pytest.raises(ValueError, match="optim is .*lomo.*; memory is known of adamw_torch, "):
+        of(tmp_path, optim="lomo")
+    config = wide_config()
+    full, eight, paged, factored = (
+        of(tmp_path, config=config, optim=name)
+        for name in ("adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor")
+    )
+    assert eight.optimizer == pytest.approx(full.optimizer / 4, rel=0.1)
+    assert paged.host > 0 and paged.optimizer < eight.optimizer
+    assert factored.optimizer < full.optimizer / 20
+
+
+def test_processes_share_what_they_divide(tmp_path):
+    model = meta_model(wide_config(), options(dtype="bfloat16"), EVERYTHING)
+    found = {
+        name: estimate(
+            model,
+            settings(tmp_path, gradient_accumulation_steps=2),
+            options(dtype="bfloat16"),
+            sequence_length=LENGTH,
+            processes=4,
+            sharding=name,
+        )
+        for name in ("ddp", "zero1", "zero2", "zero3")
+    }
+    one, two, three = (found[name] for name in ("zero1", "zero2", "zero3"))
+    assert two.gradients == pytest.approx(one.gradients / 4, abs=4)
+    assert three.weights == pytest.approx(two.weights / 4, abs=4) and two.weights == one.weights
+    # Master, two moments: 12 bytes instead of 4 a weight, a quarter each.
+    assert one.optimizer == pytest.approx(found["ddp"].optimizer * 3 / 4, rel=0.02)
+    with pytest.raises(ValueError, match="sharding is 'zero4'"):
+        estimate(model, settings(tmp_path), options(), sequence_length=LENGTH, sharding="zero4")
+
+
+def test_a_row_must_hold_its_images(tmp_path):
+    with pytest.raises(ValueError, match="sequence_length is 16; wanted more than the 16 tokens of 1 image"):
+        of(tmp_path, length=16)
+
+
+def test_the_7b_model_on_24_gb(tmp_path):
+    """LLaVA's sizes, two layers of each stack, stretched to all: a layer costs what a layer costs."""
+    totals = {}
+    for layers in (1, 2):
+        config = memory.llava_config()
+        config.vision_config.num_hidden_layers = 2
+        config.text_config.num_hidden_layers = layers
+        for name, choices in (("lora", memory.LORA), ("qlora", memory.QLORA)):
+            model = meta_model(config, choices, lora_also_trains=["multi_modal_projector"])
+            totals[name, layers] = of(
+                tmp_path,
+                choices,
+                model=model,
+                length=2048,
+                bf16=True,
+                activation_checkpointing=True,
+                per_device_train_batch_size=1,
+                optim="adamw_torch_fused",
+            ).total
+    whole = {name: totals[name, 1] + 31 * (totals[name, 2] - totals[name, 1]) for name in ("lora", "qlora")}
+    assert 13 * memory.GIB < whole["lora"] < 24 * memory.GIB
+    assert whole["qlora"] < 12 * memory.GIB
+
+
+def test_table_adds_up(tmp_path, capsys):
+    found = of(tmp_path)
+    rows = {row["part"]: row for row in found.table()}
+    assert (
+        rows["total"]["bytes"]
+        == found.total
+        == sum(row["bytes"] for name, row in rows.items() if name != "total")
+    )
+    assert found.fits(found.total / memory.GIB) and not found.fits((found.total - 1) / memory.GIB)
+    memory.print_memory(found)
+    printed = capsys.readouterr().out
+    assert "weights" in printed and "24 GiB: yes" in printed
+
+
+def test_vision_towers_and_prefusion_take_part(tmp_path):
+    config = wide_config()
+    frozen = of(tmp_path, config=config)
+    tower = of(tmp_path, config=config, patterns=[*EVERYTHING, "vision_tower"])
+    assert tower.saved_for_backward > frozen.saved_for_backward
+    config.num_prefusion_layers = 2
+    fused = of(tmp_path, config=config, patterns=[*EVERYTHING, "prefusion"])
+    assert fused.saved_for_backward > 1.4 * frozen.saved_for_backward
+
+
+@pytest.mark.parametrize(
+    "text", [tiny.text_config(), LlamaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=96)]
+)
+def test_padding_changes_the_kernel_on_a_gpu(tmp_path, text):
+    """The mask that padded rows need becomes a bias that every layer keeps."""
+    config = tiny.backdrop_config(
+        text_config=text, vision_config=CLIPVisionConfig(**tiny.TOWERS["clip"]().to_dict())
+    )
+    one = of(tmp_path, options(dtype="bfloat16"), config=config, length=512, per_device_train_batch_size=1)
+    two = of(tmp_path, options(dtype="bfloat16"), config=config, length=512)
+    layers = text.num_hidden_layers
+    assert two.saved_for_backward - 2 * one.saved_for_backward >= layers * 2 * 512**2 * 2

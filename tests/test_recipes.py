@@ -1,0 +1,484 @@
+"""Recipes: every one shipped fits a model, mistakes are named before a weight is read, saves are whole, runs resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_training import base, trainer_for  # noqa: F401
+from trl import ModelConfig
+
+from backdrop.hub_export.convert import chat_template
+from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
+from backdrop.processing.processing_backdrop import BackdropProcessor
+from backdrop.train import sft
+from backdrop.train.ablate import Matrix, markdown, plot, read_matrix
+from backdrop.train.assemble import ModelArguments, assemble, quantization
+from backdrop.train.experiment import step, train_stage
+from backdrop.train.ladder import read_chain
+from backdrop.train.sft import (
+    outline_trainable,
+    parse,
+    run,
+)
+from backdrop.train.stages import check_start, read_stage
+from backdrop.train.trainable import select_trainable, trainable_rows
+from backdrop.train.trainer import answer_scores, replace_files
+
+RECIPES = Path(sft.__file__).parent / "recipes"
+SHIPPED = sorted(
+    path for path in RECIPES.rglob("*.yaml") if path.name not in ("scenes.yaml", "ablate_scenes.yaml")
+)
+CPU = ["--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false"]
+
+
+def parsed(path, *more):
+    words = ["--config", str(path), *CPU]
+    given = yaml.safe_load(Path(path).read_text())
+    for name, value in (("model", "MODEL"), ("dataset", "ROWS"), ("output_dir", "OUT")):
+        if name not in given:
+            words += [f"--{name}", value]
+    return parse([*words, *more])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(RECIPES)))
+def test_every_shipped_recipe_parses_and_fits_a_model(base, path):  # noqa: F811
+    text = path.read_text()
+    assert text.startswith("# "), "a comment on when to use it"
+    arguments, training, options = parsed(path)
+    arguments.model = str(base / "model")
+    # The fixture's model has 2 layers and one prefusion layer.
+    arguments.train_last_layers = min(arguments.train_last_layers, 2)
+    arguments.num_prefusion_layers = 0
+    if not arguments.train:
+        return
+    if options.load_in_4bit:
+        assert quantization(arguments, options).load_in_4bit
+    rows = trainable_rows(outline_trainable(arguments, options))
+    assert all(row["device"] == "meta" for row in rows)
+    assert 0 < sum(row["trainable"] for row in rows) <= sum(row["parameters"] for row in rows)
+    assert training.max_length is None
+
+
+def test_a_misspelt_key_is_named(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: m\ndataset: d\noutput_dir: o\ntrainabel: [x]\n")
+    with pytest.raises(ValueError, match="trainabel"):
+        parse(["--config", str(recipe)])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"trainable": ["multi_modal_projektor"]}, r"\['multi_modal_projektor'\] matches no parameter"),
+        ({"use_peft": True, "lora_also_trains": ["projector"]}, "no module"),
+        ({"use_peft": True, "lora_target_modules": ["q_prj"]}, "q_prj"),
+        ({"separators": "meening"}, "separators is 'meening'; wanted one of keep, meaning"),
+        ({"train_last_layers": 7}, "train_last_layers is 7; the language model has 2 layers"),
+        ({"num_prefusion_layers": 3}, "num_prefusion_layers is 3, but the model has 1"),
+        ({"requires_stage": "align"}, "names no stage; wanted a checkpoint of stage 'align'"),
+        ({"load_in_4bit": True}, "wanted use_peft: true"),
+        ({"streaming": True}, "max_steps is -1 with streaming"),
+        ({"raster_order": True}, "raster_order is True, but there are separators"),
+    ],
+    ids=str,
+)
+def test_a_recipe_that_does_not_fit_fails_before_a_weight_is_read(base, tmp_path, keys, message):  # noqa: F811
+    (base / "model" / "model.safetensors").write_bytes(b"no weights")
+    recipe = tmp_path / "recipe.yaml"
+    values = {"model": str(base / "model"), "dataset": str(base / "rows"), "output_dir": str(base / "out")}
+    recipe.write_text(yaml.safe_dump(values | keys))
+    with pytest.raises(ValueError, match=message):
+        run(*parse(["--config", str(recipe), *CPU]))
+
+
+def test_the_script_prints_one_line(base):  # noqa: F811
+    command = [
+        sys.executable,
+        "-m",
+        "backdrop.train.sft",
+        "--model",
+        base / "model",
+        "--dataset",
+        base / "rows",
+    ]
+    result = subprocess.run(
+        [*map(str, command), "--trainable", "tower_of_vision", "--output_dir", str(base / "out"), *CPU],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: trainable: ['tower_of_vision'] matches no parameter")
+    assert "Traceback" not in result.stderr
+
+
+# ---- what trains
+
+
+def test_separators_alone_train_their_rows_and_no_other(base):  # noqa: F811
+    trainer = trainer_for(base, trainable=["separators"])
+    trainer.args.weight_decay = 0.5
+    table = trainer.model.get_input_embeddings().weight
+    before = table.detach().clone()
+    trainer.train()
+    moved = (table.detach() != before).any(-1).nonzero().squeeze(-1).tolist()
+    assert moved == sorted(trainer.model.config.separator_token_ids)
+    row = next(row for row in trainable_rows(trainer.model) if row["module"] == "embed_tokens")
+    assert row["trainable"] == 4 * table.shape[1]
+
+
+def test_the_last_layers_train(base):  # noqa: F811
+    trainer = trainer_for(base, trainable=["separators"], train_last_layers=1)
+    names = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert names and all("layers.1." in name or "norm" in name or "embed" in name for name in names)
+    assert any("layers.1.self_attn" in name for name in names)
+    trainer.train()
+
+
+def test_a_trainable_part_that_nothing_reads_stops_the_run(base):  # noqa: F811
+    # Whole images have no object groups: the objects' projector gets no gradient.
+    trainer = trainer_for(base, trainable=["multi_modal_projector"], separate_projectors=True)
+    dataset = trainer.train_dataset
+
+    def background_only(row):
+        return {**row, "images": row["images"][:1]}
+
+    trainer.train_dataset = [background_only(dataset[i]) for i in range(len(dataset))]
+    with pytest.raises(
+        ValueError, match="without a gradient after the first step: .*object_multi_modal_projector"
+    ):
+        trainer.train()
+
+
+@pytest.mark.parametrize("change", ["one", "all_alike", "a_row"])
+def test_a_frozen_parameter_that_moves_stops_the_run(base, change):  # noqa: F811
+    trainer = trainer_for(base, trainable=["multi_modal_projector", "separators"])
+    step_of = trainer.training_step
+    norm = trainer.model.model.language_model.norm.weight
+    table = trainer.model.get_input_embeddings().weight
+
+    def meddling(*args, **kwargs):
+        with torch.no_grad():
+            if change == "one":
+                norm[3].add_(1e-6)
+            elif change == "all_alike":
+                norm.mul_(1.01)  # an even number of equal elements: XOR alone would not see it
+            else:
+                table[5] += 1e-3
+        return step_of(*args, **kwargs)
+
+    trainer.training_step = meddling
+    name = "embed_tokens" if change == "a_row" else "norm.weight"
+    with pytest.raises(ValueError, match=rf"Frozen parameters moved in the first step: .*{name}"):
+        trainer.train()
+
+
+def test_only_optional_parts_may_be_missing():
+    import tiny
+
+    model = tiny.backdrop_model()
+    select_trainable(model, ["multi_modal_projector", "prefusion", "object_vision_tower"])
+    with pytest.raises(ValueError, match="nothing would train"):
+        select_trainable(tiny.backdrop_model(separators=False), ["prefusion", "separators"])
+
+
+def test_the_table_is_saved_beside_the_checkpoint(base):  # noqa: F811
+    recipe = base / "recipe.yaml"
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "model": str(base / "model"),
+                "dataset": str(base / "rows"),
+                "output_dir": str(base / "out"),
+                "trainable": ["multi_modal_projector"],
+                "max_steps": 1,
+                "stage": "one",
+            }
+        )
+    )
+    run(*parse(["--config", str(recipe), *CPU]))
+    rows = json.loads((base / "out" / "trainable.json").read_text())
+    assert {"module", "parameters", "trainable", "share", "dtype", "device"} == set(rows[0])
+    assert read_stage(base / "out")["stage"] == "one"
+    assert read_stage(base / "out")["recipe"]["trainable"] == ["multi_modal_projector"]
+    check_start(str(base / "out"), "one")
+    with pytest.raises(ValueError, match="of stage 'one'; wanted stage 'two'"):
+        check_start(str(base / "out"), "two")
+
+
+def test_a_dry_run_prints_what_trains_and_what_it_needs(base, capsys):  # noqa: F811
+    (base / "model" / "model.safetensors").unlink()  # no weight is read
+    words = ["--model", base / "model", "--dataset", base / "rows", "--output_dir", base / "out", *CPU]
+    run(*parse([*map(str, words), "--dry_run", "true"]))
+    printed = capsys.readouterr().out
+    assert "What trains" in printed and "multi_modal_projector" in printed and "GiB" in printed
+    assert not (base / "out").exists()
+
+
+# ---- losses
+
+
+def test_the_matching_loss_is_the_ranking_of_likelihoods(base):  # noqa: F811
+    trainer = trainer_for(base, trainable=["multi_modal_projector"], matching_loss=0.5)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    other = batch["mismatched"]
+    assert torch.equal(other["labels"][0][-3:], batch["labels"][0][-3:])
+    groups = [len(trainer.train_dataset[i]["images"]) for i in range(4)]
+    assert torch.equal(other["pixel_values"][: groups[3]], batch["pixel_values"][-groups[3] :])
+    model = trainer.model.eval()
+    with torch.no_grad():
+        alone = [
+            answer_scores(model, trainer.data_collator.collator([trainer.train_dataset[i]])) for i in range(4)
+        ]
+        together = answer_scores(model, {k: v for k, v in batch.items() if k != "mismatched"})
+    torch.testing.assert_close(torch.cat(alone), together, atol=1e-5, rtol=1e-4)
+    trainer.train()
+    assert {"matching_loss", "matching_accuracy"} <= set().union(*trainer.state.log_history)
+    with pytest.raises(ValueError, match="this one has 1; wanted a batch size of 2"):
+        trainer.data_collator([trainer.train_dataset[0]])
+
+
+def test_rows_of_the_other_kind_are_refused(base):  # noqa: F811
+    trainer = trainer_for(base, trainable=["multi_modal_projector"], group_kinds="background")
+    with pytest.raises(
+        ValueError, match=r"group_kinds is 'background', but a batch holds \['background', 'object'\]"
+    ):
+        trainer.train()
+
+
+# ---- saving and going on
+
+
+def losses(trainer):
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["projector", "lora"])
+def test_a_resumed_run_has_the_same_losses(base, lora):  # noqa: F811
+    def trainer():
+        options = ModelConfig(use_peft=lora, lora_r=2)
+        made = trainer_for(base, options, trainable=["multi_modal_projector", "separators"])
+        made.args.max_steps, made.args.logging_steps = 6, 1
+        made.args.save_strategy, made.args.save_steps = "steps", 3
+        return made
+
+    whole = trainer()
+    whole.train()
+    assert sorted(path.name for path in (base / "out").glob("*")) == ["checkpoint-3", "checkpoint-6"]
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(base / "out" / "checkpoint-3"))
+    assert losses(resumed) == losses(whole)
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, whole.model.state_dict()[name]), name
+    assert (base / "out" / "checkpoint-3" / "config.json").is_file()
+
+
+def test_a_checkpoint_every_epoch_by_default(base):  # noqa: F811
+    words = ["--model", base / "model", "--dataset", base / "rows", "--output_dir", base / "out", *CPU]
+    words += [
+        "--num_train_epochs",
+        2,
+        "--per_device_train_batch_size",
+        4,
+        "--trainable",
+        "multi_modal_projector",
+    ]
+    run(*parse([*map(str, words)]))
+    assert sorted(path.name for path in (base / "out").glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
+    BackdropForConditionalGeneration.from_pretrained(base / "out")
+
+
+def test_a_save_that_is_cut_off_leaves_no_checkpoint(base, monkeypatch):  # noqa: F811
+    trainer = trainer_for(base, trainable=["multi_modal_projector"])
+    trainer.args.save_strategy, trainer.args.save_steps = "steps", 1
+    trainer.args.max_steps = 2
+
+    def cut_off(*args):
+        if trainer.state.global_step == 2:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    whole = trainer._save_optimizer_and_scheduler
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert [path.name for path in (base / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_finished_model_that_is_cut_off_does_not_load(tmp_path, monkeypatch):
+    built, place = tmp_path / "built", tmp_path / "place"
+    for folder, text in ((built, "new"), (place, "old")):
+        folder.mkdir()
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+            (folder / name).write_text(text)
+    replace = os.replace
+
+    def cut_off(source, target):
+        if Path(target).name == "tokenizer.json":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        replace_files(built, place, ("config.json",))
+    assert not (place / "config.json").exists()
+    with pytest.raises(ValueError, match=r"holds no config.json; wanted a finished checkpoint"):
+        check_start(str(place), None)
+    monkeypatch.undo()
+    (built / "model.safetensors").write_text("new")
+    replace_files(built, place, ("config.json",))
+    assert {path.read_text() for path in place.iterdir()} == {"new"}
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_alike(base, tmp_path):  # noqa: F811
+    recipe = {
+        "dataset": str(base / "rows"), "trainable": ["multi_modal_projector"], "max_steps": 8, "save_strategy": "steps",
+        "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True, "bf16": False,
+        "gradient_checkpointing": False, "learning_rate": 0.01,
+    }  # fmt: skip
+    whole = train_stage(recipe, base / "model", tmp_path / "whole")
+    code = (
+        "from backdrop.train.experiment import train_stage; import yaml, sys;"
+        "train_stage(yaml.safe_load(sys.argv[1]), sys.argv[2], __import__('pathlib').Path(sys.argv[3]))"
+    )
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, yaml.safe_dump(recipe), str(base / "model"), str(killed)],
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(killed.glob("model/checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    again = train_stage(recipe, base / "model", killed)
+    one, two = (load_file(folder / "model.safetensors") for folder in (whole, again))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+# ---- switches
+
+
+def test_switches_reach_model_and_processor(base):  # noqa: F811
+    def made(**switches):
+        return assemble(ModelArguments(model=str(base / "model"), **switches), ModelConfig())
+
+    model, processor = made(split=False, separators="none", margin=2, background_first=False)
+    assert model.config.separator_token_ids is None and not processor.use_separators
+    images = processor.image_processor
+    assert (images.split, images.margin, images.background_first) == (False, 2, False)
+    rows = made()[0].config.separator_token_ids
+    tables = [
+        made(separators=start)[0].get_input_embeddings().weight[rows].detach()
+        for start in ("keep", "meaning", "random")
+    ]
+    assert not any(torch.equal(a, b) for a, b in zip(tables, tables[1:] + tables[:1], strict=True))
+    model, processor = made(separators="none", raster_order=True, masked_attention=False)
+    assert model.config.raster_order and not model.config.masked_attention
+
+
+def test_a_stage_without_training_saves_its_switches(base):  # noqa: F811
+    recipe = base / "recipe.yaml"
+    values = {"model": str(base / "model"), "output_dir": str(base / "one"), "train": False, "split": False}
+    recipe.write_text(yaml.safe_dump(values | {"separators": "none", "stage": "ladder_1"}))
+    run(*parse(["--config", str(recipe), *CPU]))
+    processor = BackdropProcessor.from_pretrained(base / "one")
+    model = BackdropForConditionalGeneration.from_pretrained(base / "one")
+    assert not processor.image_processor.split and model.config.separator_token_ids is None
+    check_start(str(base / "one"), "ladder_1")
+    old = load_file(base / "model" / "model.safetensors")
+    assert all(
+        torch.equal(value, old[name]) for name, value in load_file(base / "one" / "model.safetensors").items()
+    )
+
+
+def test_images_in_place(processor):
+    processor.chat_template = chat_template(system_prompt="", images_first=False)
+    image, text = {"type": "image"}, {"type": "text", "text": "what is it?"}
+
+    def prompt(*parts):
+        return processor.apply_chat_template([{"role": "user", "content": list(parts)}], tokenize=False)
+
+    assert "USER: what is it?\n<image> " in prompt(text, image)
+    assert "USER: <image>\nwhat is it? " in prompt(image, text)
+    assert "USER: <image><image>\nwhat is it?\n<image> " in prompt(image, image, text, image)
+    processor.chat_template = chat_template(system_prompt="")
+    assert "USER: <image>\nwhat is it? " in prompt(text, image)
+
+
+# ---- ladder and ablations
+
+
+def test_the_ladder_reads_its_stages_and_refuses_unknown_keys(tmp_path):
+    chain = read_chain(RECIPES / "ladder" / "scenes.yaml")
+    stages = list(chain["stages"].values())
+    assert [stage["stage"] for stage in stages] == [f"ladder_{i}" for i in range(1, 7)]
+    assert [stage.get("requires_stage") for stage in stages[1:]] == [f"ladder_{i}" for i in range(1, 6)]
+    wrong = tmp_path / "chain.yaml"
+    wrong.write_text("start: x\nout: y\nstages: []\nscore: {}\nrow: {}\n")
+    with pytest.raises(ValueError, match=r"unknown keys \['row'\]"):
+        read_chain(wrong)
+
+
+def test_a_matrix_is_a_star_or_a_product():
+    matrix = read_matrix(RECIPES / "ablate_scenes.yaml")
+    cells = matrix.cells()
+    assert cells[0].name == "base" and len({cell.folder for cell in cells}) == len(cells)
+    assert all(len(cell.changes) == 1 for cell in cells[1:])
+    axes = {
+        "a": {"1": {"learning_rate": 1}, "2": {"rows": {"pair": 0}}},
+        "b": {"x": {}, "y": {"forms": ["llava"]}},
+    }
+    product = Matrix("s", "o", {"pair": 1}, {"forms": ["split"]}, {"lr": 0}, axes, design="product").cells()
+    assert [cell.name for cell in product] == ["a=1, b=x", "a=1, b=y", "a=2, b=x", "a=2, b=y"]
+    assert (
+        product[3].forms == ("llava",) and product[3].rows == {"pair": 0} and product[0].rows == {"pair": 1}
+    )
+    with pytest.raises(ValueError, match="design is 'cube'"):
+        Matrix("s", "o", {}, {}, {}, axes, design="cube")
+
+
+def test_the_report_shows_only_cells_that_ran(tmp_path):
+    match = {"value": 0.5, "low": 0.4, "high": 0.6, "questions": 10}
+    cells = [
+        {"cell": "base", "changes": {}, "seed": 0, "form": "split", "minutes": 1, "exact_match": match},
+        {"cell": "margin=0", "changes": {}, "seed": 0, "form": "split", "minutes": 1, "exact_match": match}
+        | {"to_base": {"value": -0.01, "low": -0.02, "high": 0.0}},
+    ]
+    text = markdown({"cells": cells})
+    assert "| margin=0 | split | 0 | 10 | 50.0 [40.0, 60.0] | -1.0 [-2.0, +0.0] | 1 |" in text
+    plot({"cells": cells}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_step_is_done_once_and_never_over_foreign_files(tmp_path):
+    calls = []
+    assert step(tmp_path / "s", {"a": 1}, lambda: calls.append(1))
+    assert not step(tmp_path / "s", {"a": 1}, lambda: calls.append(1))
+    assert step(tmp_path / "s", {"a": 2}, lambda: calls.append(2)) and calls == [1, 2]
+
+    def cut_off():
+        (tmp_path / "t" / "half").write_text("x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        step(tmp_path / "t", {}, cut_off)
+    step(tmp_path / "t", {}, lambda: calls.append((tmp_path / "t" / "half").is_file()))
+    assert calls[-1] is True
+    (tmp_path / "u").mkdir()
+    (tmp_path / "u" / "mine").write_text("x")
+    with pytest.raises(ValueError, match="holds files of something else"):
+        step(tmp_path / "u", {}, lambda: None)

@@ -1,0 +1,241 @@
+"""A matrix of recipes on the same data and questions, one table, one plot.
+
+    python -m backdrop.train.ablate train/recipes/ablate_scenes.yaml --report docs/ablations.json
+
+The matrix names a `base` recipe and `axes`: what to change, one value at a time (`design: one_at_a_time`, a star around
+the base) or in all combinations (`design: product`). Every cell is a recipe (kept in its folder), run once for each
+seed; a run that was cut off goes on. Rows are made by each cell's own processor, so that a cell can change the split.
+Differences to the base are paired: same questions, same seed.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from tqdm import tqdm
+
+from backdrop.evaluation.predictions import write_atomically
+
+from .experiment import SWITCHES, SceneScore, exact_match, scene_rows, score_scenes, train_stage
+from .ladder import percent
+
+KEYS = {"start", "out", "design", "seeds", "rows", "score", "base", "axes"}
+DESIGNS = ("one_at_a_time", "product")
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One recipe of the matrix. `changes`: axis -> value's name; `rows` and `forms` where the cell has its own."""
+
+    changes: dict[str, str]
+    recipe: dict
+    rows: dict
+    forms: tuple[str, ...]
+    start: str = ""
+
+    @property
+    def name(self) -> str:
+        return ", ".join(f"{axis}={value}" for axis, value in self.changes.items()) or BASE
+
+    @property
+    def folder(self) -> str:
+        return self.name.replace(", ", "+").replace("/", "_").replace(" ", "_")
+
+
+@dataclass
+class Matrix:
+    """What is to be run; see the module's text for the fields of the file."""
+
+    start: str
+    out: str
+    rows: dict
+    score: dict
+    base: dict
+    axes: dict[str, dict[str, dict]]
+    design: str = "one_at_a_time"
+    seeds: list[int] = field(default_factory=lambda: [0])
+
+    def __post_init__(self):
+        if self.design not in DESIGNS:
+            raise ValueError(f"design is {self.design!r}; wanted one of {', '.join(DESIGNS)}.")
+        if not self.axes or not self.seeds:
+            raise ValueError("The matrix has no axes or no seeds; wanted one of each or more.")
+        for axis, values in self.axes.items():
+            if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
+                raise ValueError(f"axes.{axis} is {values!r}; wanted value names with what each changes.")
+
+    def cells(self) -> list[Cell]:
+        """Base first."""
+        if self.design == "product":
+            names = [[(axis, value) for value in values] for axis, values in self.axes.items()]
+            return [self._cell(dict(combination)) for combination in itertools.product(*names)]
+        star = [self._cell({axis: value}) for axis, values in self.axes.items() for value in values]
+        return [self._cell({}), *star]
+
+    def _cell(self, changes: dict[str, str]) -> Cell:
+        recipe, rows = dict(self.base), dict(self.rows)
+        forms, start = tuple(self.score["forms"]), self.start
+        for axis, value in changes.items():
+            change = dict(self.axes[axis][value])
+            rows |= change.pop("rows", {})
+            forms = tuple(change.pop("forms", forms))
+            start = change.pop("start", start)
+            recipe |= change
+        return Cell(changes, recipe, rows, forms, start)
+
+
+def read_matrix(path: Path) -> Matrix:
+    """The file as a matrix.
+
+    Raises:
+        ValueError: a key that a matrix does not have, or a value it cannot take.
+    """
+    values = yaml.safe_load(path.read_text())
+    wrong = sorted(set(values) - KEYS)
+    missing = sorted({"start", "out", "rows", "score", "base", "axes"} - set(values))
+    if wrong or missing:
+        raise ValueError(f"{path.name} has unknown keys {wrong} and lacks {missing}; wanted {sorted(KEYS)}.")
+    return Matrix(**values)
+
+
+def run_cell(cell: Cell, seed: int, matrix: Matrix) -> dict:
+    """Sets the cell's switches, makes its rows, trains, scores: form -> records, and the minutes that training took."""
+    out = Path(matrix.out, f"seed{seed}", cell.folder)
+    switches = {key: value for key, value in cell.recipe.items() if key in SWITCHES}
+    training = {key: value for key, value in cell.recipe.items() if key not in SWITCHES}
+    for key in ("image_position",):  # the rows follow it too
+        if key in switches:
+            training[key] = switches[key]
+    start = train_stage({"train": False, **switches}, cell.start, out / "start")
+    rows = scene_rows(start, cell.rows, Path(matrix.out, "rows"))
+    begun = time.monotonic()
+    model = train_stage({**training, "dataset": str(rows), "seed": seed}, start, out / "stage")
+    minutes_path = out / "stage" / "minutes.json"
+    if not minutes_path.is_file():
+        minutes_path.write_text(json.dumps((time.monotonic() - begun) / 60))
+    score = SceneScore(**{**matrix.score, "forms": cell.forms})
+    return {
+        "records": score_scenes(model, score, out / "score"),
+        "minutes": round(json.loads(minutes_path.read_text()), 1),
+    }
+
+
+def run_matrix(matrix: Matrix) -> dict:
+    """All cells of all seeds; the report."""
+    cells = matrix.cells()
+    found: dict[tuple[str, int], dict] = {}
+    failed: dict[str, str] = {}
+    work = [(cell, seed) for seed in matrix.seeds for cell in cells]
+    for cell, seed in tqdm(work, desc="cells"):
+        try:
+            found[cell.name, seed] = run_cell(cell, seed, matrix)
+        except (RuntimeError, ValueError) as error:
+            # The others are worth having; a cell that failed is named, not in the table.
+            failed[f"{cell.name}, seed {seed}"] = str(error)
+            tqdm.write(f"{cell.name}, seed {seed}: {error}", file=os.sys.stderr)
+    base = cells[0].name
+    rows = []
+    for cell in cells:
+        for seed in matrix.seeds:
+            if (cell.name, seed) not in found:
+                continue
+            result = found[cell.name, seed]
+            for form, records in result["records"].items():
+                row = {"cell": cell.name, "changes": cell.changes, "seed": seed, "form": form}
+                row |= {"minutes": result["minutes"], "exact_match": exact_match(records)}
+                other = _comparable(found.get((base, seed)), form)
+                if cell.name != base and other is not None:
+                    row["to_base"] = exact_match(records, other)
+                rows.append(row)
+    return {"base": matrix.base, "rows": matrix.rows, "score": matrix.score, "cells": rows, "failed": failed}
+
+
+def _comparable(base: dict | None, form: str) -> list[dict] | None:
+    """The base's answers to the same questions: in the same form, or, for whole images, split ones."""
+    if base is None:
+        return None
+    records = base["records"]
+    return records.get(form) or (records.get("split") if form == "llava" else None)
+
+
+def markdown(report: dict) -> str:
+    """A row per cell, seed and form."""
+    lines = [
+        "| cell | form | seed | questions | exact match [95%] | to base [95%, paired] | minutes |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in report["cells"]:
+        difference = percent(row["to_base"], True) if "to_base" in row else ""
+        match = row["exact_match"]
+        lines.append(
+            f"| {row['cell']} | {row['form']} | {row['seed']} | {match['questions']} | {percent(match)} | {difference} | "
+            f"{row['minutes']} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(report: dict, path: Path) -> None:
+    """Exact match of every cell with its interval, one panel per form."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    forms = list(dict.fromkeys(row["form"] for row in report["cells"]))
+    names = list(dict.fromkeys(row["cell"] for row in report["cells"]))
+    height = 1.2 + 0.32 * len(names)
+    figure, panels = plt.subplots(
+        1, len(forms), figsize=(3.6 * len(forms) + 2, height), sharey=True, squeeze=False
+    )
+    for axis, form in zip(panels[0], forms, strict=True):
+        rows = [row for row in report["cells"] if row["form"] == form]
+        for row in rows:
+            match = row["exact_match"]
+            value, low, high = (100 * match[key] for key in ("value", "low", "high"))
+            place = len(names) - 1 - names.index(row["cell"])
+            colour = "#c2410c" if row["cell"] == names[0] else "#1d4ed8"
+            axis.errorbar(
+                value, place, xerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=3
+            )
+            if row["cell"] == names[0]:
+                axis.axvspan(low, high, color=colour, alpha=0.08, lw=0)
+        axis.set_title(form)
+        axis.set_xlabel("exact match, % [95%]")
+        axis.grid(axis="x", alpha=0.3)
+    panels[0][0].set_yticks(range(len(names)), names[::-1])
+    figure.tight_layout()
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, dpi=120, format="png")
+    plt.close(figure)
+    os.replace(partial, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("matrix", type=Path)
+    parser.add_argument("--report", type=Path, required=True, help="JSON; .md and .png lie beside it")
+    parser.add_argument("--list", action="store_true", help="print the cells and their recipes, run nothing")
+    options = parser.parse_args()
+    matrix = read_matrix(options.matrix)
+    if options.list:
+        for cell in matrix.cells():
+            print(f"# {cell.name}\n{yaml.safe_dump({**cell.recipe, 'rows': cell.rows}, sort_keys=False)}")
+        return
+    report = run_matrix(matrix)
+    write_atomically(options.report, json.dumps(report, indent=2, default=str) + "\n")
+    write_atomically(options.report.with_suffix(".md"), markdown(report) + "\n")
+    if report["cells"]:
+        plot(report, options.report.with_suffix(".png"))
+    print(markdown(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""From a recipe to a model and its processor: parts added, switches set, weights loaded, whole or in 8 or 4 bits.
+
+The same steps run on the meta device first, so that a recipe which does not fit its model fails before a weight is
+read, and a dry run needs no memory.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import BitsAndBytesConfig
+from trl import ModelConfig
+
+from backdrop.hub_export.convert import chat_template, extend_model, prepare_tokens
+from backdrop.hub_export.export import load_checkpoint
+from backdrop.modeling.configuration_backdrop import BackdropConfig
+from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
+from backdrop.processing.detector_backdrop import ObjectDetector
+from backdrop.processing.processing_backdrop import BackdropProcessor
+
+SEPARATORS = ("keep", "meaning", "random", "none")
+IMAGE_POSITIONS = ("first", "in_place")
+# What stays in full precision when the language model is quantised: everything but its layers' linear maps.
+NOT_QUANTIZED = [
+    "vision_tower",
+    "object_vision_tower",
+    "multi_modal_projector",
+    "object_multi_modal_projector",
+    "prefusion",
+    "lm_head",
+]
+
+
+@dataclass(kw_only=True)
+class ModelArguments:
+    """What a recipe does to the model it starts from. A switch left out stays as the model has it."""
+
+    model: str = field(
+        metadata={"help": "Folder of a Backdrop model (from convert, export or an earlier stage), or Hub id."}
+    )
+    split: bool | None = field(
+        default=None, metadata={"help": "Split images into background and objects; false: one group, LLaVA."}
+    )
+    separators: str = field(
+        default="keep",
+        metadata={
+            "help": "Separator tokens: keep, none, or (again) started by meaning or at random.",
+            "choices": list(SEPARATORS),
+        },
+    )
+    num_prefusion_layers: int = field(
+        default=0, metadata={"help": "Give the model so many prefusion layers if it has none."}
+    )
+    separate_vision_towers: bool = field(
+        default=False, metadata={"help": "Give object groups a tower of their own."}
+    )
+    separate_projectors: bool = field(
+        default=False, metadata={"help": "Give object groups a projector of their own."}
+    )
+    margin: int | None = field(
+        default=None, metadata={"help": "Patches by which the object region grows when an image is split."}
+    )
+    detector: str | None = field(
+        default=None, metadata={"help": "Name or path of an ultralytics model that replaces the detector."}
+    )
+    background_first: bool | None = field(
+        default=None, metadata={"help": "False: the object group before the background (for ablations)."}
+    )
+    masked_attention: bool | None = field(
+        default=None, metadata={"help": "False: the tower sees unowned patches as black (for ablations)."}
+    )
+    raster_order: bool | None = field(
+        default=None, metadata={"help": "True: groups encoded apart, tokens in the grid's order (ladder)."}
+    )
+    image_position: str | None = field(
+        default=None,
+        metadata={
+            "help": "Images before the text of a message, or in_place where the message has them.",
+            "choices": list(IMAGE_POSITIONS),
+        },
+    )
+    int8_threshold: float = field(
+        default=6.0, metadata={"help": "Outlier threshold of load_in_8bit; 0: no outliers apart."}
+    )
+
+    def __post_init__(self):
+        # A recipe's values reach argparse as defaults, which it does not check.
+        for options, name in ((SEPARATORS, "separators"), (IMAGE_POSITIONS, "image_position")):
+            value = getattr(self, name)
+            if value is not None and value not in options:
+                raise ValueError(f"{name} is {value!r}; wanted one of {', '.join(options)}.")
+
+
+def build_config(arguments: ModelArguments) -> BackdropConfig:
+    """The configuration of the model that the recipe starts from, the recipe's switches set."""
+    config = BackdropConfig.from_pretrained(arguments.model)
+    if arguments.separators == "none":
+        config.separator_token_ids = None
+    for name in ("masked_attention", "raster_order"):
+        if getattr(arguments, name) is not None:
+            setattr(config, name, getattr(arguments, name))
+    config._check()
+    return config
+
+
+def outline(arguments: ModelArguments, attn_implementation: str | None = None, dtype=torch.float32):
+    """The recipe's model without weights, on the meta device."""
+    with torch.device("meta"):
+        model = BackdropForConditionalGeneration._from_config(
+            build_config(arguments), attn_implementation=attn_implementation, dtype=dtype
+        )
+        _extend(model, arguments)
+        if arguments.separators in ("meaning", "random"):
+            rows = len(_tokenizer_with_separators(arguments))
+            if rows > model.get_input_embeddings().weight.shape[0]:
+                model.resize_token_embeddings(rows, mean_resizing=False)
+    return model
+
+
+def assemble(
+    arguments: ModelArguments, options: ModelConfig
+) -> tuple[BackdropForConditionalGeneration, BackdropProcessor]:
+    """The recipe's model, loaded, and its processor."""
+    processor = build_processor(arguments)
+    if Path(arguments.model, "adapter_config.json").is_file():
+        model = _merged(arguments, options)
+    else:
+        model = BackdropForConditionalGeneration.from_pretrained(
+            arguments.model,
+            config=build_config(arguments),
+            dtype=options.dtype or "auto",
+            attn_implementation=options.attn_implementation,
+            quantization_config=quantization(arguments, options),
+        )
+    _extend(model, arguments)
+    if arguments.separators in ("meaning", "random"):
+        prepare_tokens(model, processor.tokenizer, meaning=arguments.separators == "meaning")
+        processor.separator_token_ids = model.config.separator_token_ids
+    return model, processor
+
+
+def build_processor(arguments: ModelArguments) -> BackdropProcessor:
+    """The processor of the model that the recipe starts from, the recipe's switches set."""
+    processor = BackdropProcessor.from_pretrained(arguments.model)
+    _set_up(processor, arguments)
+    return processor
+
+
+def _merged(arguments: ModelArguments, options: ModelConfig) -> BackdropForConditionalGeneration:
+    """A LoRA stage's checkpoint, the adapter merged into its base."""
+    if options.load_in_4bit or options.load_in_8bit:
+        raise ValueError(
+            f"model is {arguments.model!r}, an adapter, which cannot be merged into a quantised base; wanted the "
+            "merged model (backdrop export)."
+        )
+    model, _ = load_checkpoint(arguments.model)
+    if options.dtype not in (None, "auto"):
+        model = model.to(getattr(torch, options.dtype))
+    if options.attn_implementation is not None:
+        model.set_attn_implementation(options.attn_implementation)
+    wanted = build_config(arguments)
+    for name in ("separator_token_ids", "masked_attention", "raster_order"):
+        setattr(model.config, name, getattr(wanted, name))
+    return model
+
+
+def quantization(arguments: ModelArguments, options: ModelConfig) -> BitsAndBytesConfig | None:
+    """What `load_in_4bit` and `load_in_8bit` mean here: the language model's layers, nothing else.
+
+    Dettmers et al. 2022 (LLM.int8(), outlier threshold 6) and 2023 (QLoRA, NF4).
+    """
+    if options.load_in_4bit and options.load_in_8bit:
+        raise ValueError("load_in_4bit and load_in_8bit are both true; wanted one of them.")
+    if options.load_in_4bit:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=options.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=options.use_bnb_nested_quant,
+            bnb_4bit_compute_dtype=None if options.dtype in (None, "auto") else options.dtype,
+            llm_int8_skip_modules=NOT_QUANTIZED,
+        )
+    if options.load_in_8bit:
+        return BitsAndBytesConfig(
+            load_in_8bit=True,
+            llm_int8_threshold=arguments.int8_threshold,
+            llm_int8_skip_modules=NOT_QUANTIZED,
+        )
+    return None
+
+
+def _extend(model: BackdropForConditionalGeneration, arguments: ModelArguments) -> None:
+    extend_model(
+        model,
+        num_prefusion_layers=arguments.num_prefusion_layers,
+        separate_vision_towers=arguments.separate_vision_towers,
+        separate_projectors=arguments.separate_projectors,
+    )
+
+
+def _set_up(processor: BackdropProcessor, arguments: ModelArguments) -> None:
+    images = processor.image_processor
+    for name in ("split", "margin", "background_first"):
+        if getattr(arguments, name) is not None:
+            setattr(images, name, getattr(arguments, name))
+    if arguments.detector is not None:
+        images.set_detector(ObjectDetector.from_name_or_path(arguments.detector))
+    if arguments.separators == "none":
+        processor.use_separators, processor.separator_token_ids = False, None
+    elif arguments.separators != "keep":
+        processor.use_separators = True
+        BackdropProcessor.add_tokens(processor.tokenizer)
+    if arguments.image_position is not None:
+        processor.chat_template = chat_template(
+            _system_prompt(processor), images_first=arguments.image_position == "first"
+        )
+
+
+def _system_prompt(processor: BackdropProcessor) -> str:
+    """The default system prompt of a processor's own template: what it puts before a user's turn."""
+    text = processor.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    bos = processor.tokenizer.bos_token or ""
+    return text.removeprefix(bos).split("USER: ", 1)[0].strip()
+
+
+def _tokenizer_with_separators(arguments: ModelArguments):
+    tokenizer = BackdropProcessor.from_pretrained(arguments.model).tokenizer
+    BackdropProcessor.add_tokens(tokenizer)
+    return tokenizer

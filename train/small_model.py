@@ -1,0 +1,174 @@
+"""The small model and its accuracy table from nothing but seeds, in one command.
+
+    python -m backdrop.train.small_model --work runs/scenes --report docs/scenes-accuracy.json
+    python -m backdrop.train.small_model --work runs/seed1 --seed 1 --size reduced --report docs/scenes-accuracy-seed1.json
+
+Detector, tower, base model, rows in both forms, the recipes scenes_llava_1/2 (plain LLaVA) and scenes_1/2 (groups), and
+the questions: same scenes, steps and sizes for both. A run that was cut off goes on with the step it was in.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import yaml
+
+from backdrop.evaluation.answering import load
+from backdrop.evaluation.predictions import write_atomically
+from backdrop.evaluation.scenes import markdown, run_scenes
+
+from .experiment import folder_digest, run_logged, step, train_stage
+
+RECIPES = Path(__file__).parent / "recipes"
+LLAVA, GROUPS = ("scenes_llava_1", "scenes_llava_2"), ("scenes_1", "scenes_2")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything: images, epochs, steps, scenes."""
+
+    detector_images: int
+    detector_epochs: int
+    tower_images: int
+    tower_steps: int
+    row_scenes: int
+    steps: tuple[int, int]
+    eval_scenes: int
+    questions: int = 3
+
+
+SIZES = {
+    "full": Size(3000, 8, 8000, 1000, 10_000, (900, 400), 4000),
+    "reduced": Size(1500, 6, 4000, 700, 5000, (600, 200), 1000),
+    "miniature": Size(64, 1, 64, 4, 64, (4, 2), 8),
+}
+
+
+def make(work: Path, seed: int, size: Size, detector: Path | None = None) -> tuple[Path, Path]:
+    """Trains both models; their folders, the LLaVA form first.
+
+    Args:
+        detector: a model folder whose detector is taken instead of training one.
+    """
+    base = _base(work, seed, size, detector)
+    models = []
+    for recipes, shares, name in (
+        (LLAVA, {"whole": 1, "pair": 0, "stale": 0}, "whole"),
+        (GROUPS, {}, "split"),
+    ):
+        rows = _rows(work, seed, size, base, shares, name)
+        start = base
+        for recipe_name, steps in zip(recipes, size.steps, strict=True):
+            recipe = yaml.safe_load((RECIPES / f"{recipe_name}.yaml").read_text())
+            recipe |= {"dataset": str(rows), "max_steps": steps, "seed": recipe["seed"] + 1000 * seed}
+            recipe["warmup_steps"] = min(recipe["warmup_steps"], steps // 4)
+            start = train_stage(recipe, start, work / recipe_name)
+        models.append(start)
+    return models[0], models[1]
+
+
+def _base(work: Path, seed: int, size: Size, detector: Path | None) -> Path:
+    checkpoint = work / "detector" / "detector.pt"
+    if detector is None:
+        _command(
+            work / "detector",
+            ["scene_detector", "--out", work / "detector", "--images", size.detector_images, "--epochs"]
+            + [size.detector_epochs, "--seed", seed, "--test-images", max(16, size.eval_scenes // 10)],
+        )
+    _command(
+        work / "tower",
+        [
+            "pretrain_tower",
+            "--out",
+            work / "tower",
+            "--images",
+            size.tower_images,
+            "--steps",
+            size.tower_steps,
+        ]
+        + [
+            "--num-hidden-layers",
+            4,
+            "--validation-images",
+            min(512, size.tower_images),
+            "--seed",
+            seed,
+            "--resume",
+        ]
+        + ["--warmup-steps", min(60, size.tower_steps // 4), "--batch-size", 32],
+    )
+    source = ["--detector", checkpoint] if detector is None else ["--detector-of", detector]
+    base = work / "base"
+    _command(
+        base,
+        ["scene_model", "--tower", work / "tower" / "vision_tower", *source, "--out", base, "--seed", seed],
+    )
+    return base
+
+
+def _rows(work: Path, seed: int, size: Size, base: Path, shares: dict, name: str) -> Path:
+    folder = work / f"rows_{name}"
+    arguments = [
+        "scene_dataset",
+        "--model",
+        base,
+        "--out",
+        folder / "rows",
+        "--scenes",
+        size.row_scenes,
+        "--seed",
+        seed,
+    ]
+    for share, value in shares.items():
+        arguments += [f"--{share}", value]
+    _command(folder, arguments, start=folder_digest(base))
+    return folder / "rows"
+
+
+def _command(folder: Path, arguments: list, start: str = "") -> None:
+    """One module of `backdrop.train` as a step; what it has written so far stays there when it is cut off."""
+    words = [str(argument) for argument in arguments]
+
+    def work() -> None:
+        print(" ".join(words), flush=True)
+        run_logged([sys.executable, "-m", f"backdrop.train.{words[0]}", *words[1:]], folder / "log.txt")
+
+    step(folder, {"arguments": words, "start": start}, work)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder of everything that is made on the way"
+    )
+    parser.add_argument("--report", type=Path, required=True, help="JSON of the table; a .md lies beside it")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", choices=list(SIZES), default="full")
+    parser.add_argument(
+        "--detector-of", type=Path, help="a model folder whose detector is taken instead of training one"
+    )
+    options = parser.parse_args()
+    size = SIZES[options.size]
+    llava, groups = make(options.work, options.seed, size, options.detector_of)
+    sources = {"llava": str(llava), "model": str(groups)}
+    report = run_scenes(
+        {name: load(source, "cpu") for name, source in sources.items()},
+        sources,
+        scenes=size.eval_scenes,
+        questions=size.questions,
+        work=options.work / "answers",
+        seed=options.seed,
+    )
+    report |= {"size": asdict(size), "training_seed": options.seed}
+    write_atomically(options.report, json.dumps(report, indent=2) + "\n")
+    write_atomically(options.report.with_suffix(".md"), markdown(report))
+    print(markdown(report))
+    print(f"models: {llava} and {groups}")
+
+
+if __name__ == "__main__":
+    main()

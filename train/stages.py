@@ -1,0 +1,47 @@
+"""Where a checkpoint comes from: a note beside every finished run, and recipes that ask for it."""
+
+import hashlib
+import json
+from pathlib import Path
+
+STAGE_FILE = "backdrop_stage.json"
+
+
+def read_stage(folder: str | Path) -> dict | None:
+    """The note of the run that wrote the folder, None where there is none (a converted model, a Hub id)."""
+    path = Path(folder, STAGE_FILE)
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def check_start(model: str, wanted: str | None) -> None:
+    """Refuses a checkpoint that is not the finished stage which a recipe starts from.
+
+    Raises:
+        ValueError: another stage, none, or one that a run left unfinished.
+    """
+    folder = Path(model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"model is {model!r}, which holds no config.json; wanted a finished checkpoint (resume the run that writes it)."
+        )
+    if wanted is None:
+        return
+    note = read_stage(model)
+    if note is None:
+        raise ValueError(
+            f"model is {model!r}, which names no stage; wanted a checkpoint of stage {wanted!r}."
+        )
+    if note["stage"] != wanted:
+        raise ValueError(f"model is {model!r} of stage {note['stage']!r}; wanted stage {wanted!r}.")
+
+
+def write_stage(folder: str | Path, stage: str | None, recipe: dict) -> None:
+    """Writes the note: the stage's name, the recipe, and the digest by which a run is known to be done."""
+    note = {"stage": stage, "recipe": recipe, "recipe_digest": recipe_digest(recipe)}
+    note["start"] = read_stage(recipe["model"]) if recipe.get("model") else None
+    Path(folder, STAGE_FILE).write_text(json.dumps(note, indent=2, default=str) + "\n")
+
+
+def recipe_digest(recipe: dict) -> str:
+    """Names a recipe by its content, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,177 @@
+"""TRL's `SFTTrainer` with checkpoints that are whole or not there, and a matching loss as an option."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from trl import SFTTrainer
+
+from backdrop.modeling.modeling_backdrop import BACKGROUND, OBJECT
+
+from .trainable import row_trained_names
+
+PARTIAL = ".partial"
+GROUP_KINDS = {"any": {BACKGROUND, OBJECT}, "background": {BACKGROUND}, "object": {OBJECT}}
+
+
+class BackdropTrainer(SFTTrainer):
+    """`SFTTrainer` of a Backdrop model.
+
+    Args:
+        matching_loss: weight of the matching loss, 0: off. Each row's answer is scored with its own images and with
+            those of another row of the batch; the loss is `softplus(other - own)`, scores being mean log-probabilities
+            of the answer's tokens: image-text matching (ALBEF, Li et al. 2021, section 3.2) as a ranking by the
+            language model's own likelihood, without a head that no checkpoint would hold.
+        group_kinds: "background" or "object" refuses a batch with groups of the other kind; "any".
+    """
+
+    def __init__(self, *args, matching_loss: float = 0.0, group_kinds: str = "any", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.matching_loss = matching_loss
+        # Row counts of tables that train in part: decay would move the frozen rows.
+        self._partly_trained = set(row_trained_names(self.model))
+        if group_kinds != "any":
+            self.data_collator = KindCollator(self.data_collator, group_kinds)
+        if matching_loss:
+            self.data_collator = MismatchCollator(self.data_collator)
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        return [name for name in super().get_decay_parameter_names(model) if name not in self._partly_trained]
+
+    # ---- whole checkpoints
+
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, PARTIAL) if self._is_saving else folder
+
+    _is_saving = False
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Writes the checkpoint beside its place and renames it into it once every process has written its part."""
+        folder = Path(super()._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        partial, place = folder / PARTIAL / name, folder / name
+        if self.args.should_save:
+            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.model.config.save_pretrained(partial)
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(place)
+                self.state.save_to_json(str(partial / "trainer_state.json"))
+            replace_folder(partial, place)
+            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+    # ---- losses
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        mismatched = inputs.pop("mismatched", None)
+        labels = inputs.get("labels")
+        own_inputs = dict(inputs)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if mismatched is None:
+            return result
+        loss, outputs = result if return_outputs else (result, None)
+        own = answer_scores(model, own_inputs | {"labels": labels})
+        other = answer_scores(model, mismatched)
+        matching = nn.functional.softplus(other - own).mean()
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["matching_loss"].append(matching.item())
+        self._metrics[mode]["matching_accuracy"].append((own > other).float().mean().item())
+        if num_items_in_batch is not None:  # the token loss is over all accumulated batches already
+            matching = matching / self.current_gradient_accumulation_steps
+        loss = loss + self.matching_loss * matching
+        return (loss, outputs) if return_outputs else loss
+
+
+def answer_scores(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """Mean log-probability of each row's answer tokens (`labels` above -1): `[B]`, float32."""
+    inputs = dict(inputs)
+    labels = inputs.pop("labels")[:, 1:]
+    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+    kept = labels != -100
+    chosen = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return (chosen * kept).sum(-1) / kept.sum(-1).clamp(min=1)
+
+
+@dataclass
+class MismatchCollator:
+    """Adds `mismatched`: the same conversations, each with the images of the row before it."""
+
+    collator: Any
+
+    def __call__(self, examples: list[dict]) -> dict:
+        if len(examples) < 2:
+            raise ValueError(
+                f"matching_loss compares rows of a batch, and this one has {len(examples)}; wanted a batch size of 2 or "
+                "more, and dataloader_drop_last."
+            )
+        images = [example["images"] for example in examples]
+        shifted = [
+            {**example, "images": list(other)}
+            for example, other in zip(examples, images[-1:] + images[:-1], strict=True)
+        ]
+        return {**self.collator(examples), "mismatched": dict(self.collator(shifted))}
+
+
+@dataclass
+class KindCollator:
+    """Refuses a batch with groups of another kind than the recipe is for."""
+
+    collator: Any
+    kind: str
+
+    def __call__(self, examples: list[dict]) -> dict:
+        batch = self.collator(examples)
+        found = set(batch["group_kind"].tolist())
+        if not found <= GROUP_KINDS[self.kind]:
+            names = {BACKGROUND: "background", OBJECT: "object"}
+            raise ValueError(
+                f"group_kinds is {self.kind!r}, but a batch holds {sorted(names[kind] for kind in found)} groups; wanted "
+                "rows of ready-made groups of that kind (python -m backdrop.train.derive captions)."
+            )
+        return batch
+
+
+def replace_folder(built: Path, place: Path) -> None:
+    """Moves a complete folder into its place; what stood there goes."""
+    old = place.with_name(f".old-{place.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        os.replace(place, old)
+    os.replace(built, place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def replace_files(built: Path, place: Path, last: tuple[str, ...]) -> None:
+    """Moves a finished run's files into a folder that holds checkpoints too.
+
+    The files named `last` make the folder loadable: they go first and come back last, so that a run that is cut off
+    in between leaves a folder which refuses to load.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    for name in last:
+        (place / name).unlink(missing_ok=True)
+    files = sorted(path for path in built.rglob("*") if path.is_file())
+    for path in sorted(files, key=lambda path: path.name in last):
+        target = place / path.relative_to(built)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    shutil.rmtree(built)
