@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .evaluate import EPILOG, evaluate
+
 app = typer.Typer(
     name="backdrop",
     help="A LLaVA-style model that encodes background and objects apart and reuses the background across images.",
@@ -373,6 +375,9 @@ def cache_verify(folder: Folder, json_output: Json = False) -> None:
         typer.echo(f"{folder}: {kept.stats()['entries']} entries, {len(problems)} damaged")
     if problems:
         raise typer.Exit(1)
+
+
+app.command("eval", epilog=EPILOG)(evaluate)
 
 
 @app.command(epilog="Example: `backdrop demo --frames 24`")

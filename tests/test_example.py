@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from backdrop import modeling, processing
-from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
-from backdrop.processing.processing_backdrop import BackdropProcessor
-from backdrop.train.scene_eval import FORMS, accuracy, draw, evaluate
+from backdrop.evaluation.scenes import FORMS
+from backdrop.train.experiment import SceneScore, exact_match, score_scenes
 
 FOLDER = Path(__file__).parent.parent / "examples" / "scenes-model"
 
@@ -24,18 +23,17 @@ def test_its_code_is_this_source():
 
 
 @pytest.mark.real
-def test_it_answers_about_backgrounds_it_never_saw():
+def test_it_answers_about_backgrounds_it_never_saw(tmp_path):
     """A floor far below the accuracy in its card, and far above chance: a broken split or load falls through it."""
-    processor = BackdropProcessor.from_pretrained(FOLDER)
-    model = BackdropForConditionalGeneration.from_pretrained(FOLDER).eval()
-    scenes = draw("test", 24, seed=7, questions=2)
-    for form in FORMS:
-        if form == "matched":
-            processor.enable_background_matching(tolerance=0)
-            model.enable_background_cache(2**27)
-        found = accuracy(evaluate(model, processor, scenes, form))["all"]["accuracy"]
-        assert found > 0.6, (form, found)
-    assert model.background_cache.stats()["vision_tokens_reused"] > 0
+    score = SceneScore(forms=tuple(FORMS), scenes=16, questions=2, seed=7, split="test")
+    found = score_scenes(FOLDER, score, tmp_path)
+    assert set(found) == set(FORMS)
+    for form, records in found.items():
+        assert exact_match(records)["value"] > 0.6, form
+    reused = {
+        form: sum(record["patches_reused"] or 0 for record in records) for form, records in found.items()
+    }
+    assert reused["exact"] > 0 and reused["matched"] > 0 and reused["stale"] > 0
 
 
 @pytest.mark.real

@@ -167,3 +167,41 @@ def test_box_patches_are_those_a_box_touches():
 def test_contact_sheet_has_a_row_for_each_background():
     sheet = contact_sheet(backgrounds=1, frames=2, zoom=1)
     assert sheet.size == (8 + 2 * 176, 8 + 3 * (168 + 34 + 8))
+
+
+def test_places_name_the_column_of_a_thing():
+    asked = 0
+    for seed in range(30):
+        scene = render_scene("street", seed, seed)
+        boxes = {item.name: item.xyxy for item in scene.objects}
+        for question in scene.places:
+            kind = question.question.rstrip("?").split()[-3 if question.question.startswith("Which") else -1]
+            if kind in boxes:
+                x0, _, x1, _ = boxes[kind]
+                asked += 1
+                # A drawn vehicle may be a pixel narrower than its nominal box.
+                assert int(question.answer) in {int((x0 + x1 + d) / 2) // 14 + 1 for d in (-2, 0, 2)}
+    assert asked > 20
+    for family in FAMILIES:
+        assert all(1 <= int(q.answer) <= 12 for q in render_scene(family, 1, 1).places)
+
+
+def test_half_of_the_backgrounds_have_words_nobody_can_know_by_heart():
+    from backdrop.train.scenes import _LABEL_WORDS
+
+    labels = [_answers(render_scene("phone", seed, 0))["label"] for seed in range(60)]
+    unknown = [label for label in labels if label not in _LABEL_WORDS]
+    assert 15 < len(unknown) < 45 and len(set(unknown)) == len(unknown)
+
+
+def test_disturbed_frames_stay_within_the_cameras_tolerance():
+    from backdrop.processing.patch_groups_backdrop import patch_staleness
+    from backdrop.train.scene_dataset import CAMERA_TOLERANCE
+    from backdrop.train.scenes import disturbed
+
+    image = render_scene("panel", 4, 0).image
+    frames = [np.asarray(disturbed(image, seed)) for seed in (0, 1)]
+    staleness = patch_staleness(*frames, 14)
+    assert 0.5 < np.median(staleness) and staleness.max() < CAMERA_TOLERANCE
+    assert not np.array_equal(*frames)
+    assert np.array_equal(frames[0], np.asarray(disturbed(image, 0)))

@@ -75,11 +75,14 @@ def row_groups(
     return [groups[i] for i in range(len(images))]
 
 
-def conversation(scene: Scene, questions: int, rng: random.Random) -> list[dict[str, str]]:
-    """Up to `questions` questions about one image, in random order, each answered. TRL puts the images first."""
+def conversation(scene: Scene, questions: int, rng: random.Random, places: int = 0) -> list[dict[str, str]]:
+    """Up to `questions` questions about one image and up to `places` for columns, in random order, each answered.
+
+    TRL puts the images first.
+    """
     # The largest of u^(1/w): a weighted sample without replacement (Efraimidis and Spirakis 2006).
     order = sorted(scene.questions, key=lambda q: rng.random() ** (1 / _TOPIC_WEIGHTS.get(q.topic, 1)))
-    chosen = order[-questions:]
+    chosen = order[-questions:] + rng.sample(scene.places, min(places, len(scene.places)))
     rng.shuffle(chosen)
     messages = []
     for question in chosen:
@@ -95,6 +98,7 @@ def rows(
     seed: int,
     questions: int,
     shares: dict[str, float],
+    places: int = 0,
 ) -> Iterator[dict]:
     """Dataset rows; `shares` gives the probability of each form."""
     rng = random.Random(f"rows/{split}/{seed}")
@@ -117,7 +121,7 @@ def rows(
             earlier.append(seen[0])
             images.append(seen[1])
             tolerances.append(CAMERA_TOLERANCE if camera else 0.0)
-            talks.append(conversation(frames[1], questions, rng))
+            talks.append(conversation(frames[1], questions, rng, places))
             forms.append(_form(rng.random(), shares))
         made = row_groups(processor, images, earlier, forms, tolerances)
         for groups, messages in zip(made, talks, strict=True):
@@ -148,6 +152,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scenes", type=int, default=12_000)
     parser.add_argument("--questions", type=int, default=8, help="questions per scene")
+    parser.add_argument("--places", type=int, default=0, help="questions for columns per scene")
     parser.add_argument("--split", choices=["train", "validation"], default="train")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--whole", type=float, default=0.1, help="share of whole images, 0-1")
@@ -171,6 +176,7 @@ def main() -> None:
             "seed": options.seed,
             "questions": options.questions,
             "shares": shares,
+            "places": options.places,
         },
         cache_dir=str(options.out) + ".cache",
     )

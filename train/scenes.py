@@ -121,6 +121,7 @@ _QUESTIONS: dict[tuple[str, str], tuple[str, ...]] = {
         "On which side of the sign is the {kind}?",
     ),
     ("street", "sign"): ("What is written on the sign?", "What does the sign say?"),
+    ("street", "place"): ("Which column is the {kind} in?", "In which column is the {kind}?"),
     ("street", "building"): ("What colour is the building?", "Which colour is the building?"),
     ("street", "sky"): ("Is it day or night?", "Is this by day or by night?"),
     ("panel", "readout"): ("What does the readout show?", "Which number is on the readout?"),
@@ -130,6 +131,7 @@ _QUESTIONS: dict[tuple[str, str], tuple[str, ...]] = {
         "Is the lit lamp left or right of the readout?",
         "On which side of the readout is the lit lamp?",
     ),
+    ("panel", "place"): ("Which column is the {kind} in?", "In which column is the {kind}?"),
     ("panel", "zone"): ("What colour does the needle point at?", "Which zone is the needle in?"),
     ("panel", "reading"): ("What is the reading with its unit?", "Which value and unit are shown?"),
     ("panel", "name"): ("What is the panel called?", "What is the name of the panel?"),
@@ -161,7 +163,8 @@ class Scene:
     """A drawn scene.
 
     ``image`` is RGB, S x S. ``labels`` maps each name in ``DENSE_LABELS`` to int64 ``[P]`` classes, patches in
-    row-major order; class 0 is "none". ``frame_seed`` is None for frames of a camera clip, whose objects follow
+    row-major order; class 0 is "none". ``places`` are questions for the number of a thing's column, 1 to 12 from the
+    left: left and right are learned through them. ``frame_seed`` is None for frames of a camera clip, whose objects follow
     from the frame before.
     """
 
@@ -172,6 +175,7 @@ class Scene:
     objects: tuple[SceneObject, ...]
     labels: dict[str, np.ndarray]
     questions: tuple[Question, ...]
+    places: tuple[Question, ...] = ()
 
 
 # What a background shows, drawn from its seed, and what a frame adds to it.
@@ -674,6 +678,10 @@ def _street_questions(ask: _Asker, layout: _StreetLayout, frame: _StreetFrame) -
     ask("sign", "background", layout.sign)
     ask("building", "background", layout.building)
     ask("sky", "background", "night" if layout.night else "day")
+    for vehicle in frame.vehicles:
+        if kinds.count(vehicle.kind) == 1:
+            ask.place("object", vehicle.x + _VEHICLE_WIDTHS[vehicle.kind] / 2, vehicle.kind)
+    ask.place("background", layout.sign_x + 21, "sign")
 
 
 # panel
@@ -802,6 +810,9 @@ def _panel_questions(ask: _Asker, layout: _PanelLayout, frame: _PanelFrame) -> N
     ask("name", "background", layout.name)
     ask("frame", "background", layout.frame)
     ask("unit", "background", layout.unit)
+    if frame.lamp is not None:
+        ask.place("object", layout.lamp_xs[frame.lamp[0]] + 14, "lit lamp")
+    ask.place("background", layout.window_x + 42, "readout")
 
 
 # Putting a scene together.
@@ -846,12 +857,18 @@ class _Asker:
         self.family = family
         self.rng = rng
         self.questions: list[Question] = []
+        self.places: list[Question] = []
 
     def __call__(
         self, topic: str, about: Literal["object", "background", "both"], answer: str, **names: str
     ) -> None:
         wording = self.rng.choice(_QUESTIONS[self.family, topic]).format(**names)
         self.questions.append(Question(topic, about, wording, answer))
+
+    def place(self, about: Literal["object", "background"], x: float, kind: str) -> None:
+        """Asks for the column that design pixel `x` lies in."""
+        wording = self.rng.choice(_QUESTIONS[self.family, "place"]).format(kind=kind)
+        self.places.append(Question("place", about, wording, str(int(x) // _CELL + 1)))
 
 
 _LAYOUTS = {"phone": _phone_layout, "street": _street_layout, "panel": _panel_layout}
@@ -892,6 +909,7 @@ def _compose(
         objects=tuple(canvas.objects),
         labels=canvas.maps.patches(canvas.objects, size, patch_size),
         questions=tuple(ask.questions),
+        places=tuple(ask.places),
     )
 
 

@@ -10,6 +10,7 @@ A recipe holds the fields of `BackdropArguments`, of TRL's `SFTConfig` and of it
 
 import json
 import logging
+import re
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -93,6 +94,13 @@ class BackdropArguments(ModelArguments):
     dry_run: bool = field(
         default=False, metadata={"help": "Print what trains and the peak memory it needs, and stop."}
     )
+    dry_run_device: str | None = field(
+        default=None,
+        metadata={
+            "help": "What a dry run is for; on a machine without a GPU: --use_cpu true --dry_run_device cuda.",
+            "choices": ["cuda", "cpu"],
+        },
+    )
 
 
 @dataclass
@@ -127,7 +135,27 @@ def choose_trainable(model, arguments: BackdropArguments, options: ModelConfig) 
     unknown = sorted(set(missing) - optional)
     if unknown:
         raise ValueError(f"lora_also_trains: the model has no module {unknown}.")
+    check_lora_targets(model, options.lora_target_modules)
     return lora_config(model, options, [name for name in arguments.lora_also_trains if name not in missing])
+
+
+def check_lora_targets(model, targets: list[str] | str | None) -> None:
+    """Names the targets that match no module: peft passes over one as long as another matches."""
+    names = [name for name, _ in model.named_modules()]
+    if targets is None or targets == "all-linear":
+        return
+    if isinstance(targets, str):
+        idle = (
+            []
+            if any(re.fullmatch(targets, name) or name.endswith(f".{targets}") for name in names)
+            else [targets]
+        )
+    else:
+        idle = [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
+    if idle:
+        raise ValueError(
+            f"lora_target_modules: {idle} matches no module; wanted names such as q_proj or a regular expression."
+        )
 
 
 def lora_config(model: BackdropForConditionalGeneration, options: ModelConfig, also: list[str]) -> LoraConfig:
@@ -221,7 +249,7 @@ def dry_run(arguments: BackdropArguments, training: SFTConfig, options: ModelCon
         sequence_length=longest,
         images_per_row=images,
         groups_per_image=groups,
-        device="cpu" if training.use_cpu else "cuda",
+        device=arguments.dry_run_device or ("cpu" if training.use_cpu else "cuda"),
     )
     print_memory(found)
     print(

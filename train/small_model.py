@@ -3,8 +3,8 @@
     python -m backdrop.train.small_model --work runs/scenes --report docs/scenes-accuracy.json
     python -m backdrop.train.small_model --work runs/seed1 --seed 1 --size reduced --report docs/scenes-accuracy-seed1.json
 
-Detector, tower, base model, rows in both forms, the recipes scenes_llava_1/2 (plain LLaVA) and scenes_1/2 (groups), and
-the questions: same scenes, steps and sizes for both. A run that was cut off goes on with the step it was in.
+Detector, tower, base model, rows in both forms, the recipes scenes_llava_1 to 3 (plain LLaVA) and scenes_1 to 3 (groups),
+and the questions: same scenes, steps and sizes for both. A run that was cut off goes on with the step it was in.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from backdrop.evaluation.scenes import markdown, run_scenes
 from .experiment import folder_digest, run_logged, step, train_stage
 
 RECIPES = Path(__file__).parent / "recipes"
-LLAVA, GROUPS = ("scenes_llava_1", "scenes_llava_2"), ("scenes_1", "scenes_2")
+LLAVA, GROUPS = (tuple(f"scenes_{form}{stage}" for stage in (1, 2, 3)) for form in ("llava_", ""))
+PLACES = 3  # questions for columns in each row of the third stage
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,15 @@ class Size:
     tower_images: int
     tower_steps: int
     row_scenes: int
-    steps: tuple[int, int]
+    steps: tuple[int, int, int]
     eval_scenes: int
     questions: int = 3
 
 
 SIZES = {
-    "full": Size(3000, 8, 8000, 1000, 10_000, (900, 400), 4000),
-    "reduced": Size(1500, 6, 4000, 700, 5000, (600, 200), 1000),
-    "miniature": Size(64, 1, 64, 4, 64, (4, 2), 8),
+    "full": Size(3000, 8, 8000, 1000, 10_000, (900, 400, 800), 3800),
+    "reduced": Size(1500, 6, 4000, 700, 5000, (500, 200, 400), 1000),
+    "miniature": Size(64, 1, 64, 4, 64, (4, 2, 2), 8),
 }
 
 
@@ -58,11 +59,12 @@ def make(work: Path, seed: int, size: Size, detector: Path | None = None) -> tup
         (LLAVA, {"whole": 1, "pair": 0, "stale": 0}, "whole"),
         (GROUPS, {}, "split"),
     ):
-        rows = _rows(work, seed, size, base, shares, name)
+        rows = _rows(work, seed, size, base, shares, f"{name}_1")
+        placed = _rows(work, seed + 1, size, base, shares | {"places": PLACES}, f"{name}_3")
         start = base
-        for recipe_name, steps in zip(recipes, size.steps, strict=True):
+        for recipe_name, data, steps in zip(recipes, (rows, rows, placed), size.steps, strict=True):
             recipe = yaml.safe_load((RECIPES / f"{recipe_name}.yaml").read_text())
-            recipe |= {"dataset": str(rows), "max_steps": steps, "seed": recipe["seed"] + 1000 * seed}
+            recipe |= {"dataset": str(data), "max_steps": steps, "seed": recipe["seed"] + 1000 * seed}
             recipe["warmup_steps"] = min(recipe["warmup_steps"], steps // 4)
             start = train_stage(recipe, start, work / recipe_name)
         models.append(start)

@@ -137,12 +137,18 @@ def print_trainable(rows: list[dict]) -> None:
 
 def _part(name: str) -> str:
     adapter = " (lora)" if "lora_" in name else ""
-    found = re.search(
-        r"(object_vision_tower|vision_tower|object_multi_modal_projector|multi_modal_projector|prefusion|"
-        r"embed_tokens|language_model|lm_head)",
-        name,
+    # The embedding table lies inside the language model: the more special name first.
+    names = (
+        "object_vision_tower",
+        "vision_tower",
+        "object_multi_modal_projector",
+        "multi_modal_projector",
+        "prefusion",
     )
-    return (found.group(1) if found else name.split(".")[0]) + adapter
+    part = next(
+        (part for part in (*names, "embed_tokens", "language_model", "lm_head") if part in name), None
+    )
+    return (part or name.split(".")[0]) + adapter
 
 
 class TrainableCheck(TrainerCallback):
