@@ -470,7 +470,7 @@ def _load_image(source: str) -> Image.Image:
         try:
             image = BytesIO(base64.b64decode(text, validate=True))
         except (binascii.Error, ValueError):
-            shown = source if len(source) <= 80 else source[:77] + "..."
+            shown = source if len(source) <= 80 else "..." + source[-77:]
             raise ValueError(
                 f"Incorrect image source {shown!r}; wanted a URL (http://, https://), the path of an image file, or base64."
             ) from None
@@ -478,7 +478,7 @@ def _load_image(source: str) -> Image.Image:
         opened = Image.open(image)
         opened.load()
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        shown = source if len(source) <= 80 else source[:77] + "..."
+        shown = source if len(source) <= 80 else "..." + source[-77:]
         raise ValueError(f"The image {shown!r} cannot be read: {error}") from error
     return opened
 

@@ -301,6 +301,8 @@ def test_the_folder_outlives_the_model_and_serves_no_other(tmp_path):
         model = tiny.backdrop_model(seed=seed, **changes)
         expected = generate(model, inputs)
         cache = model.enable_background_cache(10**7, folder=tmp_path)
+        # On a busy machine computing a tiny model again may be quicker than the disk, and the folder passed over.
+        cache.folder.seconds_to_load = lambda num_bytes: 0.0
         assert torch.equal(generate(model, inputs), expected)
         assert cache.folder.flush(30)
         return cache.stats()["disk_hits"]

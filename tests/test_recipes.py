@@ -219,6 +219,17 @@ def test_the_table_is_saved_beside_the_checkpoint(base):  # noqa: F811
         check_start(str(base / "out"), "two")
 
 
+def test_streamed_rows_train(base):  # noqa: F811
+    from datasets import load_from_disk
+
+    (base / "files").mkdir()
+    load_from_disk(base / "rows").to_parquet(base / "files" / "train.parquet")
+    words = ["--model", base / "model", "--dataset", base / "files", "--output_dir", base / "out", *CPU]
+    words += ["--streaming", "true", "--max_steps", 2, "--per_device_train_batch_size", 2]
+    run(*parse([*map(str, words), "--trainable", "multi_modal_projector"]))
+    assert (base / "out" / "model.safetensors").is_file()
+
+
 def test_a_dry_run_prints_what_trains_and_what_it_needs(base, capsys):  # noqa: F811
     (base / "model" / "model.safetensors").unlink()  # no weight is read
     words = ["--model", base / "model", "--dataset", base / "rows", "--output_dir", base / "out", *CPU]

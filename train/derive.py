@@ -18,6 +18,7 @@ from datasets import load_from_disk
 
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 
+from .data.load import load_rows
 from .data.rows import BadRowError, BadRows
 from .derive_captions import (
     SPLIT_BY,
@@ -170,9 +171,7 @@ def _captions(options: argparse.Namespace) -> tuple[Source, Recipe]:
 
 
 def _load(name: str, split: str):
-    from .sft import load_rows  # brings the whole trainer with it
-
-    return load_rows(name, split)
+    return load_rows("rows", name, split=split, check_images=False)[0]
 
 
 def summary(record: dict, out: Path) -> str:

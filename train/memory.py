@@ -17,9 +17,9 @@ Shapes: `B` rows, `L` columns, `G` groups of patches, `P` patches of the grid, `
 import argparse
 import contextlib
 import copy
-import gc
 import json
 import math
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -51,7 +51,7 @@ from .trainable import select_trainable
 
 GIB = 2**30
 PARTS = ("weights", "gradients", "optimizer", "activations", "temporaries")
-# What a CUDA process takes before its first tensor. transformers' "Model training anatomy" measures 1.3 GB on a V100
+# What a CUDA process takes before its first tensor. transformers' "Model training anatomy" measures 1.3 GB
 # with eagerly loaded kernels; since CUDA 11.7 modules load lazily and 0.3 to 0.6 GB are usual. cuBLAS adds 32 MiB.
 CUDA_CONTEXT = 640 * 2**20
 # Bytes that PyTorch's caching allocator reserves and cannot hand out (block splitting), as a share of what is allocated.
@@ -418,15 +418,14 @@ def _without_data(model: nn.Module) -> nn.Module:
     """A copy whose parameters and floating buffers are fakes; tied ones stay tied."""
     with torch.utils._python_dispatch._disable_current_modes():
         model = copy.deepcopy(model)
-    made: dict[int, torch.Tensor] = {}
+    made: dict[int, tuple[torch.Tensor, nn.Parameter]] = {}  # the first of each pair keeps its id taken
     for module in model.modules():
         for name, value in list(module._parameters.items()):
             if value is not None:
                 if id(value) not in made:
                     empty = torch.empty(value.shape, dtype=value.dtype)  # a fake, under the ledger
-                    made[id(value)] = nn.Parameter(empty, requires_grad=value.requires_grad)
-                    made[-id(value)] = value  # keeps the id taken
-                module._parameters[name] = made[id(value)]
+                    made[id(value)] = value, nn.Parameter(empty, requires_grad=value.requires_grad)
+                module._parameters[name] = made[id(value)][1]
         for name, value in list(module._buffers.items()):
             if value is not None:
                 module._buffers[name] = torch.zeros(value.shape, dtype=value.dtype)
@@ -439,8 +438,17 @@ def _prepare(model: nn.Module, training: SFTConfig) -> None:
     base.config.trained_on_groups = True
     trl.trainer.utils.add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     model.train()
-    if training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(training.gradient_checkpointing_kwargs)
+    if training.activation_checkpointing:
+        settings = dict(training.activation_checkpointing_kwargs or {})
+        every = settings.pop("every_n_layers", 1)
+        unknown = sorted(set(settings) - {"use_reentrant"})
+        if unknown:
+            raise ValueError(
+                f"activation_checkpointing_kwargs has {unknown}; the estimate knows every_n_layers, use_reentrant."
+            )
+        model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs=settings or None, every_n_layers=every
+        )
         if base is not model:
             model.enable_input_require_grads()
 
@@ -846,7 +854,6 @@ def measure(case: CheckCase) -> dict[str, int]:
         BackdropImageProcessor(patch_size=14), tokenizer, chat_template="{{ messages }}"
     )
     rows = Dataset.from_list([{"messages": [{"role": "user", "content": ""}], "images": []}] * 8)
-    gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at VmRSS (proc(5))
     before = _status_bytes("VmRSS")
     with (
@@ -875,6 +882,10 @@ def measure(case: CheckCase) -> dict[str, int]:
     return {"allocated": peak, "resident": resident}
 
 
+def _print_measured(case: CheckCase) -> None:
+    print(json.dumps(measure(case)), flush=True)
+
+
 def _status_bytes(field: str) -> int:
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return 1024 * int(found.group(1))
@@ -884,19 +895,26 @@ def check(cases: Iterable[CheckCase] = tuple(CHECK_CASES)) -> list[dict]:
     """Each case estimated here and measured in another process, which takes no part in the estimates."""
     cases = list(cases)
     command = [sys.executable, "-m", "backdrop.train.memory", "--measure", *(case.name for case in cases)]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if run.returncode:
-        raise RuntimeError(f"The measured runs failed with exit status {run.returncode}; see above.")
-    results = [json.loads(line) for line in run.stdout.splitlines() if line.startswith('{"allocated"')]
     rows = []
-    for case, measured in zip(cases, results, strict=True):
-        with tempfile.TemporaryDirectory() as folder:
-            training, options, patterns = _check_settings(case, folder)
-            model = meta_model(check_config(case), options, patterns, ["multi_modal_projector"])
-            estimated = estimate(model, training, options, sequence_length=CHECK_LENGTH, device="cpu")
-        error = estimated.allocated / measured["allocated"] - 1
-        rows.append({"case": case.name, "estimated": estimated.allocated, **measured, "error": error})
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        results = (json.loads(line) for line in run.stdout if line.startswith('{"allocated"'))
+        for case, measured in zip(cases, results, strict=False):
+            rows.append(_check_row(case, measured))
+            print(*_check_cells(rows[-1]), sep="  ", file=sys.stderr, flush=True)
+    if run.returncode or len(rows) < len(cases):
+        raise RuntimeError(
+            f"Of {len(cases)} measured runs {len(rows)} came to an end; see the messages above."
+        )
     return rows
+
+
+def _check_row(case: CheckCase, measured: dict[str, int]) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        training, options, patterns = _check_settings(case, folder)
+        model = meta_model(check_config(case), options, patterns, ["multi_modal_projector"])
+        estimated = estimate(model, training, options, sequence_length=CHECK_LENGTH, device="cpu").allocated
+    error = estimated / measured["allocated"] - 1
+    return {"case": case.name, "estimated": estimated, **measured, "error": error}
 
 
 # LLaVA-1.5-7B
@@ -981,17 +999,11 @@ def llava(cases: Iterable[dict] = tuple(LLAVA_CASES)) -> list[dict]:
         sizes = {row["part"]: round(row["gib"], 2) for row in found.table()}
         fits = {f"{gib} GB": found.fits(gib) for gib in DEVICES}
         rows.append({**case, **sizes, "phase": found.phase, "fits": fits})
+        print(*_llava_cells(rows[-1]), sep="  ", file=sys.stderr, flush=True)
     return rows
 
 
 # Command
-
-
-def _print_check(rows: list[dict]) -> None:
-    table = Table("case", "estimated MiB", "measured MiB", "error", "resident MiB")
-    for row in rows:
-        table.add_row(*_check_cells(row))
-    Console().print(table)
 
 
 def _check_cells(row: dict) -> list[str]:
@@ -1008,6 +1020,13 @@ def _llava_cells(row: dict) -> list[str]:
 
 _LLAVA_COLUMNS = ["method", "rows", "columns", *PARTS, "overhead", "total GiB", *(f"{g} GB" for g in DEVICES)]
 _CHECK_COLUMNS = ["case", "estimated MiB", "measured MiB", "error", "resident MiB"]
+
+
+def _print_table(title: str, columns: list[str], rows: Iterable[list[str]]) -> None:
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
 def _markdown_table(columns: list[str], rows: Iterable[list[str]]) -> str:
@@ -1116,17 +1135,17 @@ def main() -> None:
     if arguments.measure:
         for case in CHECK_CASES:
             if case.name in arguments.measure:
-                print(json.dumps(measure(case)), flush=True)
+                # A child for each: what malloc keeps of one run is not there for the next to reuse unseen.
+                child = multiprocessing.get_context("fork").Process(target=_print_measured, args=(case,))
+                child.start()
+                child.join()
         return
     checked = check() if arguments.check or arguments.docs else []
     if checked:
-        _print_check(checked)
+        _print_table("Estimated against measured", _CHECK_COLUMNS, map(_check_cells, checked))
     if arguments.docs or not arguments.check:
         cases = llava()
-        table = Table(*_LLAVA_COLUMNS, title="LLaVA-1.5-7B, gradient checkpointing, GiB at the peak")
-        for row in cases:
-            table.add_row(*_llava_cells(row))
-        Console().print(table)
+        _print_table("LLaVA-1.5-7B, GiB at the peak", _LLAVA_COLUMNS, map(_llava_cells, cases))
         if arguments.docs:
             write_docs(arguments.docs, checked, cases)
 

@@ -211,6 +211,9 @@ def check_recipe(arguments: BackdropArguments, training: SFTConfig, options: Mod
         raise ValueError("dataset is null; wanted the rows to train on (or train: false).")
     if arguments.streaming and training.max_steps <= 0:
         raise ValueError(f"max_steps is {training.max_steps} with streaming; wanted the number of steps.")
+    if arguments.streaming and training.accelerator_config.dispatch_batches is not False:
+        # Process 0 would cut every tensor to the batch's rows, and groups are more than rows.
+        training.accelerator_config.dispatch_batches = False
     check_start(arguments.model, arguments.requires_stage)
     if arguments.train:
         outline_trainable(arguments, options)
