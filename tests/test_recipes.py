@@ -500,3 +500,68 @@ def test_a_step_is_done_once_and_never_over_foreign_files(tmp_path):
     (tmp_path / "u" / "mine").write_text("x")
     with pytest.raises(ValueError, match="holds files of something else"):
         step(tmp_path / "u", {}, lambda: None)
+
+
+@pytest.mark.slow
+def test_two_processes_train_alike(base):  # noqa: F811
+    """DDP over two CPU processes: one checkpoint, written once, and the gradients of both."""
+    words = [
+        "--model",
+        base / "model",
+        "--dataset",
+        base / "rows",
+        "--trainable",
+        "multi_modal_projector",
+        *CPU,
+    ]
+    words += [
+        "--max_steps",
+        2,
+        "--logging_steps",
+        1,
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        1,
+        "--seed",
+        3,
+    ]
+    launch = [
+        Path(sys.executable).parent / "accelerate",
+        "launch",
+        "--cpu",
+        "--num_processes",
+        2,
+        "--num_machines",
+        1,
+    ]
+    launch += [
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        0,
+        "-m",
+        "backdrop.train.sft",
+    ]
+    done = subprocess.run(
+        [*map(str, [*launch, *words, "--per_device_train_batch_size", 2, "--output_dir", base / "two"])],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("What trains") == 1
+    run(*parse([*map(str, [*words, "--per_device_train_batch_size", 4, "--output_dir", base / "one"])]))
+    one, two = (
+        [entry["loss"] for entry in json.loads((base / name / "log.json").read_text()) if "loss" in entry]
+        for name in ("one", "two")
+    )
+    assert len(two) == 2
+    assert two == pytest.approx(one, rel=0.02)
+    assert sorted(path.name for path in (base / "two").glob("checkpoint-*")) == [
+        "checkpoint-1",
+        "checkpoint-2",
+    ]
+    BackdropForConditionalGeneration.from_pretrained(base / "two")

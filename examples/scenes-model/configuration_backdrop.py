@@ -23,6 +23,11 @@ class BackdropConfig(PreTrainedConfig):
         separate_projectors: object groups have a projector of their own (started as a copy).
         num_prefusion_layers: decoder layers before the language model, over image and text tokens.
         prefusion_rotary: whether those layers see rotary positions.
+        masked_attention: tokens of a group attend to their own group alone. False (for ablations): the tower sees the
+            group's whole image, its unowned patches black, and the group's tokens are taken from that; groups are
+            still independent of each other.
+        raster_order: tokens of a background and the objects after it are put back into the order of the grid (LLaVA's
+            order; for ablations: what reading backgrounds first changes). No separators, and no prefix to reuse.
         trained_on_groups: False for a converted, not yet finetuned model, which warns once when it splits.
     """
 
@@ -41,6 +46,8 @@ class BackdropConfig(PreTrainedConfig):
     separate_projectors: bool = False
     num_prefusion_layers: int = 0
     prefusion_rotary: bool = True
+    masked_attention: bool = True
+    raster_order: bool = False
     trained_on_groups: bool = False
     tie_word_embeddings: bool = False
 
@@ -78,6 +85,11 @@ class BackdropConfig(PreTrainedConfig):
             raise ValueError(
                 f"separator_token_ids has {len(self.separator_token_ids)} ids; wanted the 4 of "
                 "[BG_START], [BG_END], [OBJ_START], [OBJ_END]."
+            )
+        if self.raster_order and (self.separator_token_ids is not None or self.extra_tokens_per_group):
+            raise ValueError(
+                "raster_order is True, but there are separators or CLS tokens, which have no place in the grid; wanted "
+                "a model without them."
             )
         vocab_size = self.text_config.vocab_size
         for name, token_id in self.special_token_ids.items():

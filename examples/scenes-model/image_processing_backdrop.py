@@ -58,6 +58,8 @@ class BackdropImagesKwargs(ImagesKwargs, total=False):
     margin: patches by which the object region grows.
     overlap: the background keeps the grown ring too.
     min_coverage: share of a patch that objects must cover for it to be an object patch, 0-1 (0: any part).
+    background_first: False gives the object group of an image before its background (nothing before an object group's
+        end can be reused by the language model).
     """
 
     patch_size: int
@@ -70,6 +72,7 @@ class BackdropImagesKwargs(ImagesKwargs, total=False):
     margin: int
     overlap: bool
     min_coverage: float
+    background_first: bool
 
 
 class BackdropImageProcessor(PilBackend):
@@ -104,6 +107,7 @@ class BackdropImageProcessor(PilBackend):
     margin = 1
     overlap = False
     min_coverage = 0.0
+    background_first = True
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -265,7 +269,7 @@ class BackdropImageProcessor(PilBackend):
                 groups = [PatchGroup(reference.pixels, reference.patch_mask, BACKGROUND)]
                 if match.fresh.any():
                     groups.append(make_group(image, match.fresh, OBJECT, patch_size))
-            result.append(groups)
+            result.append(groups if options["background_first"] else groups[::-1])
         return result
 
     def _object_patches(self, mask: np.ndarray, options: dict) -> np.ndarray:
@@ -466,7 +470,7 @@ def _load_image(source: str) -> Image.Image:
         try:
             image = BytesIO(base64.b64decode(text, validate=True))
         except (binascii.Error, ValueError):
-            shown = source if len(source) <= 80 else source[:77] + "..."
+            shown = source if len(source) <= 80 else "..." + source[-77:]
             raise ValueError(
                 f"Incorrect image source {shown!r}; wanted a URL (http://, https://), the path of an image file, or base64."
             ) from None
@@ -474,7 +478,7 @@ def _load_image(source: str) -> Image.Image:
         opened = Image.open(image)
         opened.load()
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        shown = source if len(source) <= 80 else source[:77] + "..."
+        shown = source if len(source) <= 80 else "..." + source[-77:]
         raise ValueError(f"The image {shown!r} cannot be read: {error}") from error
     return opened
 

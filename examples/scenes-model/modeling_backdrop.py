@@ -339,7 +339,7 @@ class BackdropModel(BackdropPreTrainedModel):
         patch_mask, kinds = self._check_groups(pixel_values, patch_mask, group_kind)
         keys: list[bytes | None] = [None] * len(kinds)
         if not self._memo_is_active():
-            return self._encode(pixel_values, patch_mask, kinds), keys
+            return self._ordered(self._encode(pixel_values, patch_mask, kinds), patch_mask, kinds), keys
         store = self._background_cache
         context = self.memo_context(*self.vision_modules(BACKGROUND))
         device = self.multi_modal_projector.linear_2.weight.device
@@ -380,7 +380,23 @@ class BackdropModel(BackdropPreTrainedModel):
                 known[keys[g]] = value
                 store.put("tokens", keys[g], (value,), per_token * tokens[g])
         store.record_tokens(reused, sum(tokens[g] for g in to_encode))
-        return [encoded[g] if keys[g] is None else known[keys[g]] for g in range(len(kinds))], keys
+        features = [encoded[g] if keys[g] is None else known[keys[g]] for g in range(len(kinds))]
+        return self._ordered(features, patch_mask, kinds), keys
+
+    def _ordered(self, features: list[torch.Tensor], patch_mask, kinds: list[int]) -> list[torch.Tensor]:
+        """With `raster_order` a background and the objects after it share their tokens out in the grid's order."""
+        if not self.config.raster_order:
+            return features
+        features = list(features)
+        for g, pair in enumerate(zip(kinds, kinds[1:], strict=False)):
+            if pair != (BACKGROUND, OBJECT) or bool((patch_mask[g] & patch_mask[g + 1]).any()):
+                continue
+            places = torch.cat([mask.nonzero().squeeze(-1) for mask in patch_mask[g : g + 2]])
+            both = torch.cat(features[g : g + 2])
+            count = features[g].shape[0]
+            merged = both[places.argsort().to(both.device)]
+            features[g], features[g + 1] = merged[:count], merged[count:]
+        return features
 
     def _check_groups(self, pixel_values, patch_mask, group_kind):
         side, patches = self.config.vision_config.image_size, self.config.num_patches
@@ -416,13 +432,17 @@ class BackdropModel(BackdropPreTrainedModel):
             members = [g for g, kind in enumerate(kinds) if part in (None, kind)]
             tower, projector = self.vision_modules(BACKGROUND if part is None else part)
             rows = None if len(members) == len(kinds) else torch.tensor(members)
+            own = patch_mask if rows is None else patch_mask[rows.to(patch_mask.device)]
             states = encode_groups(
                 tower,
                 pixel_values if rows is None else pixel_values[rows.to(pixel_values.device)],
-                patch_mask if rows is None else patch_mask[rows.to(patch_mask.device)],
+                own if self.config.masked_attention else torch.ones_like(own),
                 self.config.vision_feature_layer,
                 self.config.vision_feature_select_strategy,
             )
+            if not self.config.masked_attention:
+                kept = nn.functional.pad(own, (self.config.extra_tokens_per_group, 0), value=True)
+                states = [state[mask.to(state.device)] for state, mask in zip(states, kept, strict=True)]
             projected = projector(torch.cat(states)).split([state.shape[0] for state in states])
             for g, value in zip(members, projected, strict=True):
                 features[g] = value
@@ -445,6 +465,7 @@ class BackdropModel(BackdropPreTrainedModel):
             self.config.feature_layers,
             self.config.vision_feature_select_strategy,
             self.config.prefusion_rotary,
+            self.config.masked_attention,
             str(self.dtype),
             autocast,
             torch.get_float32_matmul_precision(),
@@ -652,6 +673,7 @@ class BackdropForConditionalGeneration(BackdropPreTrainedModel, GenerationMixin)
         usable = (
             self.model._memo_is_active()
             and self.background_cache.prefixes
+            and not self.config.raster_order
             and isinstance(past_key_values, Cache)
             and past_key_values.get_seq_length() == 0
             and (attention_mask is None or attention_mask.ndim == 2)
