@@ -9,7 +9,7 @@ import pytest
 
 from backdrop import modeling, processing
 from backdrop.evaluation.scenes import FORMS
-from backdrop.train.experiment import SceneScore, exact_match, score_scenes
+from backdrop.train.experiment import SceneScore, headline
 
 FOLDER = Path(__file__).parent.parent / "examples" / "scenes-model"
 
@@ -26,10 +26,10 @@ def test_its_code_is_this_source():
 def test_it_answers_about_backgrounds_it_never_saw(tmp_path):
     """A floor far below the accuracy in its card, and far above chance: a broken split or load falls through it."""
     score = SceneScore(forms=tuple(FORMS), scenes=16, questions=2, seed=7, split="test")
-    found = score_scenes(FOLDER, score, tmp_path)
+    found = score.records(FOLDER, tmp_path)
     assert set(found) == set(FORMS)
     for form, records in found.items():
-        assert exact_match(records)["value"] > 0.6, form
+        assert headline(records, score.metric)["value"] > 0.6, form
     reused = {
         form: sum(record["patches_reused"] or 0 for record in records) for form, records in found.items()
     }

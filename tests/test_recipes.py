@@ -23,18 +23,16 @@ from backdrop.train.ablate import Matrix, markdown, plot, read_matrix
 from backdrop.train.assemble import ModelArguments, assemble, quantization
 from backdrop.train.experiment import step, train_stage
 from backdrop.train.ladder import read_chain
-from backdrop.train.sft import (
-    outline_trainable,
-    parse,
-    run,
-)
+from backdrop.train.sft import build_trainer, outline_trainable, parse, run
 from backdrop.train.stages import check_start, read_stage
 from backdrop.train.trainable import select_trainable, trainable_rows
 from backdrop.train.trainer import answer_scores, replace_files
 
 RECIPES = Path(sft.__file__).parent / "recipes"
 SHIPPED = sorted(
-    path for path in RECIPES.rglob("*.yaml") if path.name not in ("scenes.yaml", "ablate_scenes.yaml")
+    path
+    for path in RECIPES.rglob("*.yaml")
+    if path.name not in ("scenes.yaml", "ablate_scenes.yaml", "ablate_llava.yaml")
 )
 CPU = ["--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false"]
 
@@ -88,7 +86,7 @@ def test_a_misspelt_key_is_named(tmp_path):
         ({"train_last_layers": 7}, "train_last_layers is 7; the language model has 2 layers"),
         ({"num_prefusion_layers": 3}, "num_prefusion_layers is 3, but the model has 1"),
         ({"requires_stage": "align"}, "names no stage; wanted a checkpoint of stage 'align'"),
-        ({"load_in_4bit": True}, "wanted use_peft: true"),
+        ({"load_in_4bit": True}, "bf16 is false with load_in_4bit"),
         ({"streaming": True}, "max_steps is -1 with streaming"),
         ({"raster_order": True}, "raster_order is True, but there are separators"),
     ],
@@ -437,6 +435,32 @@ def test_images_in_place(processor):
     assert "USER: <image>\nwhat is it? " in prompt(text, image)
 
 
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_only_the_language_models_layers_are_quantised_and_lora_trains_on_them(base, bits):  # noqa: F811
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    words = [
+        "--model",
+        base / "model",
+        "--dataset",
+        base / "rows",
+        "--output_dir",
+        base / "out",
+        "--max_steps",
+        2,
+    ]
+    words += ["--use_peft", "true", f"--{bits}", "true", "--lora_r", 2, "--use_cpu", "true", "--bf16", "true"]
+    words += ["--gradient_checkpointing", "false", "--lora_also_trains", "multi_modal_projector", "prefusion"]
+    trainer = build_trainer(*parse([*map(str, words)]))
+    kind = bitsandbytes.nn.Linear4bit if bits == "load_in_4bit" else bitsandbytes.nn.Linear8bitLt
+    packed = [name for name, module in trainer.model.named_modules() if isinstance(module, kind)]
+    assert packed and all("language_model.layers" in name for name in packed)
+    trainer.train()  # gradients where they should be, nothing frozen moved: else the check would stop it
+    assert trainer.state.log_history[-1]["train_loss"] > 0
+    words[words.index("--use_peft") + 1] = "false"
+    with pytest.raises(ValueError, match="wanted use_peft: true"):
+        build_trainer(*parse([*map(str, words)]))
+
+
 # ---- ladder and ablations
 
 
@@ -452,6 +476,8 @@ def test_the_ladder_reads_its_stages_and_refuses_unknown_keys(tmp_path):
 
 
 def test_a_matrix_is_a_star_or_a_product():
+    questions = {axis for axis in read_matrix(RECIPES / "ablate_llava.yaml").axes}
+    assert {"epochs", "detector", "bits", "attention mask", "separators", "prefusion", "margin"} <= questions
     matrix = read_matrix(RECIPES / "ablate_scenes.yaml")
     cells = matrix.cells()
     assert cells[0].name == "base" and len({cell.folder for cell in cells}) == len(cells)
@@ -460,25 +486,29 @@ def test_a_matrix_is_a_star_or_a_product():
         "a": {"1": {"learning_rate": 1}, "2": {"rows": {"pair": 0}}},
         "b": {"x": {}, "y": {"forms": ["llava"]}},
     }
-    product = Matrix("s", "o", {"pair": 1}, {"forms": ["split"]}, {"lr": 0}, axes, design="product").cells()
+    product = Matrix("s", "o", {"forms": ["split"]}, {"lr": 0}, axes, {"pair": 1}, design="product").cells()
     assert [cell.name for cell in product] == ["a=1, b=x", "a=1, b=y", "a=2, b=x", "a=2, b=y"]
     assert (
         product[3].forms == ("llava",) and product[3].rows == {"pair": 0} and product[0].rows == {"pair": 1}
     )
+    with pytest.raises(ValueError, match="neither rows nor base.dataset"):
+        Matrix("s", "o", {}, {}, axes)
+    with pytest.raises(ValueError, match=r"score has unknown keys \['form'\]"):
+        Matrix("s", "o", {"form": "split"}, {"dataset": "d"}, axes)
     with pytest.raises(ValueError, match="design is 'cube'"):
-        Matrix("s", "o", {}, {}, {}, axes, design="cube")
+        Matrix("s", "o", {}, {"dataset": "d"}, axes, design="cube")
 
 
 def test_the_report_shows_only_cells_that_ran(tmp_path):
     match = {"value": 0.5, "low": 0.4, "high": 0.6, "questions": 10}
     cells = [
-        {"cell": "base", "changes": {}, "seed": 0, "form": "split", "minutes": 1, "exact_match": match},
-        {"cell": "margin=0", "changes": {}, "seed": 0, "form": "split", "minutes": 1, "exact_match": match}
+        {"cell": "base", "changes": {}, "seed": 0, "form": "split", "minutes": 1, "score": match},
+        {"cell": "margin=0", "changes": {}, "seed": 0, "form": "split", "minutes": 1, "score": match}
         | {"to_base": {"value": -0.01, "low": -0.02, "high": 0.0}},
     ]
-    text = markdown({"cells": cells})
+    text = markdown({"cells": cells, "metric": "exact match"})
     assert "| margin=0 | split | 0 | 10 | 50.0 [40.0, 60.0] | -1.0 [-2.0, +0.0] | 1 |" in text
-    plot({"cells": cells}, tmp_path / "plot.png")
+    plot({"cells": cells, "metric": "exact match"}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 

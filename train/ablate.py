@@ -3,8 +3,9 @@
     python -m backdrop.train.ablate train/recipes/ablate_scenes.yaml --report docs/ablations.json
 
 The matrix names a `base` recipe and `axes`: what to change, one value at a time (`design: one_at_a_time`, a star around
-the base) or in all combinations (`design: product`). Every cell is a recipe (kept in its folder), run once for each
-seed; a run that was cut off goes on. Rows are made by each cell's own processor, so that a cell can change the split.
+the base) or in all combinations (`design: product`). Rows of made scenes (`rows`) are made by each cell's own processor, so
+that a cell can change the split; other data is named in the base (`dataset`, `dataset_name`). Every cell is a recipe (kept in its
+folder), run once for each seed; a run that was cut off goes on.
 Differences to the base are paired: same questions, same seed.
 """
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from backdrop.evaluation.predictions import write_atomically
 
-from .experiment import SWITCHES, SceneScore, exact_match, scene_rows, score_scenes, train_stage
+from .experiment import SWITCHES, headline, read_score, scene_rows, train_stage
 from .ladder import percent
 
 KEYS = {"start", "out", "design", "seeds", "rows", "score", "base", "axes"}
@@ -31,13 +32,20 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Cell:
-    """One recipe of the matrix. `changes`: axis -> value's name; `rows` and `forms` where the cell has its own."""
+    """One recipe of the matrix.
+
+    Attributes:
+        changes: axis -> value's name.
+        rows, forms, start: of the cell's own, or the matrix'.
+        loaded: how its model is loaded for the score (`load_in_8bit`, ...); it trains in full precision.
+    """
 
     changes: dict[str, str]
     recipe: dict
     rows: dict
     forms: tuple[str, ...]
     start: str = ""
+    loaded: dict = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -54,10 +62,10 @@ class Matrix:
 
     start: str
     out: str
-    rows: dict
     score: dict
     base: dict
     axes: dict[str, dict[str, dict]]
+    rows: dict = field(default_factory=dict)
     design: str = "one_at_a_time"
     seeds: list[int] = field(default_factory=lambda: [0])
 
@@ -66,6 +74,9 @@ class Matrix:
             raise ValueError(f"design is {self.design!r}; wanted one of {', '.join(DESIGNS)}.")
         if not self.axes or not self.seeds:
             raise ValueError("The matrix has no axes or no seeds; wanted one of each or more.")
+        if not self.rows and "dataset" not in self.base:
+            raise ValueError("The matrix has neither rows nor base.dataset; wanted one of them.")
+        read_score(self.score)
         for axis, values in self.axes.items():
             if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
                 raise ValueError(f"axes.{axis} is {values!r}; wanted value names with what each changes.")
@@ -80,14 +91,16 @@ class Matrix:
 
     def _cell(self, changes: dict[str, str]) -> Cell:
         recipe, rows = dict(self.base), dict(self.rows)
-        forms, start = tuple(self.score["forms"]), self.start
+        forms, start = tuple(self.score.get("forms", ("split",))), self.start
+        loaded = dict(self.score.get("loaded", {}))
         for axis, value in changes.items():
             change = dict(self.axes[axis][value])
             rows |= change.pop("rows", {})
             forms = tuple(change.pop("forms", forms))
             start = change.pop("start", start)
+            loaded |= change.pop("loaded", {})
             recipe |= change
-        return Cell(changes, recipe, rows, forms, start)
+        return Cell(changes, recipe, rows, forms, start, loaded)
 
 
 def read_matrix(path: Path) -> Matrix:
@@ -98,7 +111,7 @@ def read_matrix(path: Path) -> Matrix:
     """
     values = yaml.safe_load(path.read_text())
     wrong = sorted(set(values) - KEYS)
-    missing = sorted({"start", "out", "rows", "score", "base", "axes"} - set(values))
+    missing = sorted({"start", "out", "score", "base", "axes"} - set(values))
     if wrong or missing:
         raise ValueError(f"{path.name} has unknown keys {wrong} and lacks {missing}; wanted {sorted(KEYS)}.")
     return Matrix(**values)
@@ -113,16 +126,21 @@ def run_cell(cell: Cell, seed: int, matrix: Matrix) -> dict:
         if key in switches:
             training[key] = switches[key]
     start = train_stage({"train": False, **switches}, cell.start, out / "start")
-    rows = scene_rows(start, cell.rows, Path(matrix.out, "rows"))
+    if matrix.rows:
+        training["dataset"] = str(scene_rows(start, cell.rows, Path(matrix.out, "rows")))
     begun = time.monotonic()
-    model = train_stage({**training, "dataset": str(rows), "seed": seed}, start, out / "stage")
-    minutes_path = out / "stage" / "minutes.json"
-    if not minutes_path.is_file():
-        minutes_path.write_text(json.dumps((time.monotonic() - begun) / 60))
-    score = SceneScore(**{**matrix.score, "forms": cell.forms})
+    model = (
+        train_stage({**training, "seed": seed}, start, out / "stage")
+        if training.get("train", True)
+        else start
+    )
+    minutes = out / "minutes.json"
+    if not minutes.is_file():
+        write_atomically(minutes, json.dumps((time.monotonic() - begun) / 60) + "\n")
+    score = read_score({**matrix.score, "forms": cell.forms, "loaded": cell.loaded})
     return {
-        "records": score_scenes(model, score, out / "score"),
-        "minutes": round(json.loads(minutes_path.read_text()), 1),
+        "records": score.records(model, out / "score"),
+        "minutes": round(json.loads(minutes.read_text()), 1),
     }
 
 
@@ -139,7 +157,7 @@ def run_matrix(matrix: Matrix) -> dict:
             # The others are worth having; a cell that failed is named, not in the table.
             failed[f"{cell.name}, seed {seed}"] = str(error)
             tqdm.write(f"{cell.name}, seed {seed}: {error}", file=os.sys.stderr)
-    base = cells[0].name
+    base, metric = cells[0].name, read_score(matrix.score).metric
     rows = []
     for cell in cells:
         for seed in matrix.seeds:
@@ -148,12 +166,19 @@ def run_matrix(matrix: Matrix) -> dict:
             result = found[cell.name, seed]
             for form, records in result["records"].items():
                 row = {"cell": cell.name, "changes": cell.changes, "seed": seed, "form": form}
-                row |= {"minutes": result["minutes"], "exact_match": exact_match(records)}
+                row |= {"minutes": result["minutes"], "score": headline(records, metric)}
                 other = _comparable(found.get((base, seed)), form)
                 if cell.name != base and other is not None:
-                    row["to_base"] = exact_match(records, other)
+                    row["to_base"] = headline(records, metric, other)
                 rows.append(row)
-    return {"base": matrix.base, "rows": matrix.rows, "score": matrix.score, "cells": rows, "failed": failed}
+    return {
+        "metric": metric.name,
+        "base": matrix.base,
+        "rows": matrix.rows,
+        "score": matrix.score,
+        "cells": rows,
+        "failed": failed,
+    }
 
 
 def _comparable(base: dict | None, form: str) -> list[dict] | None:
@@ -167,12 +192,12 @@ def _comparable(base: dict | None, form: str) -> list[dict] | None:
 def markdown(report: dict) -> str:
     """A row per cell, seed and form."""
     lines = [
-        "| cell | form | seed | questions | exact match [95%] | to base [95%, paired] | minutes |",
+        "| cell | form | seed | questions | score, % [95%] | to base [95%, paired] | minutes |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in report["cells"]:
         difference = percent(row["to_base"], True) if "to_base" in row else ""
-        match = row["exact_match"]
+        match = row["score"]
         lines.append(
             f"| {row['cell']} | {row['form']} | {row['seed']} | {match['questions']} | {percent(match)} | {difference} | "
             f"{row['minutes']} |"
@@ -181,7 +206,7 @@ def markdown(report: dict) -> str:
 
 
 def plot(report: dict, path: Path) -> None:
-    """Exact match of every cell with its interval, one panel per form."""
+    """Score of every cell with its interval, one panel per form."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -196,7 +221,7 @@ def plot(report: dict, path: Path) -> None:
     for axis, form in zip(panels[0], forms, strict=True):
         rows = [row for row in report["cells"] if row["form"] == form]
         for row in rows:
-            match = row["exact_match"]
+            match = row["score"]
             value, low, high = (100 * match[key] for key in ("value", "low", "high"))
             place = len(names) - 1 - names.index(row["cell"])
             colour = "#c2410c" if row["cell"] == names[0] else "#1d4ed8"
@@ -206,7 +231,7 @@ def plot(report: dict, path: Path) -> None:
             if row["cell"] == names[0]:
                 axis.axvspan(low, high, color=colour, alpha=0.08, lw=0)
         axis.set_title(form)
-        axis.set_xlabel("exact match, % [95%]")
+        axis.set_xlabel(f"{report['metric']}, % [95%]")
         axis.grid(axis="x", alpha=0.3)
     panels[0][0].set_yticks(range(len(names)), names[::-1])
     figure.tight_layout()

@@ -21,14 +21,8 @@ from backdrop.processing.processing_backdrop import BackdropProcessor
 SEPARATORS = ("keep", "meaning", "random", "none")
 IMAGE_POSITIONS = ("first", "in_place")
 # What stays in full precision when the language model is quantised: everything but its layers' linear maps.
-NOT_QUANTIZED = [
-    "vision_tower",
-    "object_vision_tower",
-    "multi_modal_projector",
-    "object_multi_modal_projector",
-    "prefusion",
-    "lm_head",
-]
+# transformers matches these as regular expressions from the start of a module's full name.
+NOT_QUANTIZED = [r".*vision_tower", r".*multi_modal_projector", r".*prefusion", r".*lm_head"]
 
 
 @dataclass(kw_only=True)

@@ -8,23 +8,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
 from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig
 
 from backdrop.evaluation.answering import Answerer, load
-from backdrop.evaluation.metrics import METRICS, figures
-from backdrop.evaluation.predictions import Predictions, model_fingerprint, write_atomically
-from backdrop.evaluation.scenes import FORMS, MAX_NEW_TOKENS, answer_form, scene_questions
+from backdrop.evaluation.metrics import METRICS, Metric, figures
+from backdrop.evaluation.predictions import (
+    Predictions,
+    model_fingerprint,
+    read_predictions,
+    write_atomically,
+)
+from backdrop.evaluation.run import PREDICTIONS, evaluate_examples
+from backdrop.evaluation.scenes import BATCH, FORMS, MAX_NEW_TOKENS, answer_form, scene_questions
+from backdrop.evaluation.tasks import task
 from backdrop.hub_export.export import load_checkpoint
 
-from .assemble import ModelArguments
+from .assemble import ModelArguments, assemble
+from .data.load import examples
+from .data.rows import BadRows
 from .stages import recipe_digest
 
 # What a recipe does to the model before anything trains; the rest is how it trains.
@@ -38,8 +49,9 @@ class SceneScore:
     """Questions about the made scenes that every model of an experiment is asked, and in which forms.
 
     Attributes:
-        scenes, questions, seed, split: see `scene_questions`.
         forms: names of `backdrop.evaluation.scenes.FORMS`.
+        scenes, questions, seed, split: see `scene_questions`.
+        loaded: how the model is loaded for it: load_in_8bit, load_in_4bit, int8_threshold, dtype.
     """
 
     forms: tuple[str, ...] = ("split",)
@@ -47,11 +59,115 @@ class SceneScore:
     questions: int = 3
     seed: int = 0
     split: str = "validation"
+    loaded: dict = field(default_factory=dict)
 
     def __post_init__(self):
         unknown = sorted(set(self.forms) - set(FORMS))
         if unknown or not self.forms:
             raise ValueError(f"score.forms has {unknown or 'no form'}; wanted some of {', '.join(FORMS)}.")
+
+    @property
+    def metric(self) -> Metric:
+        return METRICS["exact"]
+
+    def records(self, model: Path, folder: Path) -> dict[str, list[dict]]:
+        """Answers in each form: form -> records, one per question."""
+        loaded = load_for_scoring(model, self.loaded)
+        found = {}
+        for name in self.forms:
+            form = FORMS[name]
+            header = {"form": name, "split": self.split, "scenes": self.scenes, "questions": self.questions}
+            header |= {"seed": self.seed, "loaded": self.loaded} | model_fingerprint(*loaded, str(model))
+            predictions = Predictions(folder / f"{name}.jsonl", header)
+            answerer = Answerer(*loaded, form.mode, form.tolerance, MAX_NEW_TOKENS)
+            cases = scene_questions(
+                self.split, self.scenes, self.seed, self.questions, form.disturb, form.earlier == "reference"
+            )
+            answer_form(answerer, form, cases, predictions, BATCH, self.scenes)
+            found[name] = [record for record in predictions.records if record["prediction"] is not None]
+        return found
+
+
+@dataclass(frozen=True)
+class DataScore:
+    """A public data set that every model of an experiment is scored on; see `backdrop.evaluation.run`.
+
+    Attributes:
+        data, source, split, images, limit: which questions.
+        forms: modes of `backdrop eval`.
+        tolerance: of the mode matched.
+        loaded: how the model is loaded for it.
+    """
+
+    data: str
+    source: str
+    split: str = "validation"
+    images: str | None = None
+    limit: int | None = None
+    forms: tuple[str, ...] = ("split",)
+    tolerance: float = 0.0
+    batch_size: int = 16
+    loaded: dict = field(default_factory=dict)
+
+    @property
+    def metric(self) -> Metric:
+        return task(self.data).metric
+
+    def records(self, model: Path, folder: Path) -> dict[str, list[dict]]:
+        """Answers in each mode: mode -> records."""
+        loaded = load_for_scoring(model, self.loaded)
+        found = {}
+        for mode in self.forms:
+            rows = examples(
+                self.data,
+                self.source,
+                split=self.split,
+                images=self.images,
+                limit=self.limit,
+                streaming=True,
+                bad_rows=BadRows(),
+            )
+            header = {"source": self.source, "split": self.split, "limit": self.limit, "loaded": self.loaded}
+            evaluate_examples(
+                *loaded,
+                rows,
+                data=self.data,
+                mode=mode,
+                out=folder / mode,
+                header=header | model_fingerprint(*loaded, str(model)),
+                tolerance=self.tolerance if mode == "matched" else 0.0,
+                batch_size=self.batch_size,
+            )
+            found[mode] = read_predictions(folder / mode / PREDICTIONS)[1]
+        return found
+
+
+def read_score(options: dict) -> SceneScore | DataScore:
+    """What a matrix or a chain says about its score: of the made scenes unless it names `data`.
+
+    Raises:
+        ValueError: a key that neither has.
+    """
+    kind = DataScore if "data" in options else SceneScore
+    unknown = sorted(set(options) - {f.name for f in fields(kind)})
+    if unknown:
+        raise ValueError(f"score has unknown keys {unknown}; wanted {sorted(f.name for f in fields(kind))}.")
+    return kind(**{**options, "forms": tuple(options.get("forms", ("split",)))})
+
+
+def load_for_scoring(model: Path, loaded: dict):
+    """Model and processor of a finished stage; an adapter is merged, the language model quantised where asked for."""
+    if loaded:
+        names = {f.name for f in fields(ModelArguments)}
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a cast at every product
+        arguments = ModelArguments(model=str(model), **{k: v for k, v in loaded.items() if k in names})
+        made = assemble(arguments, ModelConfig(**{k: v for k, v in loaded.items() if k not in names}))
+    elif Path(model, "adapter_config.json").is_file():
+        made = load_checkpoint(model)
+    else:
+        made = load(str(model))
+    made[0].eval()
+    return made
 
 
 def folder_digest(folder: str | Path) -> str:
@@ -146,44 +262,21 @@ def run_logged(command: list[str], log: Path) -> None:
         )
 
 
-def score_scenes(model: Path, score: SceneScore, folder: Path) -> dict[str, list[dict]]:
-    """Answers of a model in each form: form -> records, one per question. A cut-off run goes on."""
-    loaded = None
-    found = {}
-    for name in score.forms:
-        form = FORMS[name]
-        header = {
-            "form": name,
-            "split": score.split,
-            "scenes": score.scenes,
-            "questions": score.questions,
-            "seed": score.seed,
-        }
-        if loaded is None:
-            is_adapter = Path(model, "adapter_config.json").is_file()
-            loaded = load_checkpoint(model) if is_adapter else load(str(model), "cpu")
-            loaded[0].eval()
-        predictions = Predictions(folder / f"{name}.jsonl", header | model_fingerprint(*loaded, str(model)))
-        answerer = Answerer(*loaded, form.mode, form.tolerance, MAX_NEW_TOKENS)
-        cases = scene_questions(
-            score.split, score.scenes, score.seed, score.questions, form.disturb, form.earlier == "reference"
-        )
-        answer_form(answerer, form, cases, predictions, 32, score.scenes)
-        found[name] = [record for record in predictions.records if record["prediction"] is not None]
-    return found
+def headline(records: list[dict], metric: Metric, baseline: list[dict] | None = None) -> dict:
+    """A metric's first figure with its 95% interval, or the paired difference to another run's.
 
-
-def exact_match(records: list[dict], baseline: list[dict] | None = None) -> dict:
-    """Share of exact answers with its 95% interval over backgrounds, or the paired difference to another run's."""
-    metric = METRICS["exact"]
+    Resampled are backgrounds of scenes, images of other data: what questions share that are not independent.
+    """
     if baseline is not None:
         by_id = {record["id"]: record for record in baseline}
         records = [record for record in records if record["id"] in by_id]
         baseline = [by_id[record["id"]] for record in records]
+    answers = [record["answers"] for record in records]
     counts = [
-        metric.counts([r["prediction"] for r in rows], [r["answers"] for r in records])
+        metric.counts([record["prediction"] for record in rows], answers)
         for rows in (records, baseline)
         if rows is not None
     ]
-    own = figures(metric, counts[0], [r["background"] for r in records], [[]] * len(records), *counts[1:])[""]
+    shared = [record.get("background", record["image_id"]) for record in records]
+    own = figures(metric, counts[0], shared, [[]] * len(records), *counts[1:])[""]
     return {**own[metric.headline], "questions": own["questions"]}

@@ -14,7 +14,7 @@ import yaml
 
 from backdrop.evaluation.predictions import write_atomically
 
-from .experiment import SceneScore, exact_match, scene_rows, score_scenes, train_stage
+from .experiment import headline, read_score, scene_rows, train_stage
 
 KEYS = {"start", "out", "stages", "common", "rows", "score"}
 
@@ -41,7 +41,7 @@ def read_chain(path: Path) -> dict:
 
 
 def run_ladder(chain: dict) -> dict:
-    """Runs and scores every stage: name -> form -> exact match, with the paired difference to the first stage."""
+    """Runs and scores every stage: name -> form -> the headline figure, with the paired difference to the first stage."""
     out, start = Path(chain["out"]), chain["start"]
     report: dict = {"start": Path(start).name, "stages": {}}
     first = None
@@ -50,13 +50,12 @@ def run_ladder(chain: dict) -> dict:
         if recipe.get("train", True) and chain.get("rows"):
             recipe["dataset"] = str(scene_rows(start, chain["rows"], out / "rows"))
         start = train_stage(recipe, start, out / name / "stage")
-        options = chain["score"].get(name, chain["score"]["default"])
-        options = options | {"forms": tuple(options["forms"])}
-        found = score_scenes(start, SceneScore(**options), out / name / "score")
-        scores = {form: exact_match(records) for form, records in found.items()}
+        score = read_score(chain["score"].get(name, chain["score"]["default"]))
+        found = score.records(start, out / name / "score")
+        scores = {form: headline(records, score.metric) for form, records in found.items()}
         first = first or next(iter(found.values()))
         for form, records in found.items():
-            scores[form]["difference"] = exact_match(records, first)
+            scores[form]["difference"] = headline(records, score.metric, first)
         report["stages"][name] = scores
         print(f"{name}: " + ", ".join(f"{form} {s['value']:.1%}" for form, s in scores.items()), flush=True)
     return report
@@ -74,7 +73,7 @@ def _own(recipe: dict) -> dict:
 def markdown(report: dict) -> str:
     """A row per stage and form."""
     lines = [
-        "| stage | form | questions | exact match [95%] | to stage 1 [95%, paired] |",
+        "| stage | form | questions | score, % [95%] | to stage 1 [95%, paired] |",
         "|---|---|---:|---:|---:|",
     ]
     for stage, scores in report["stages"].items():

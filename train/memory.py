@@ -10,7 +10,9 @@ storages that are alive. Floating-point tensors are torch's `FakeTensor`s; integ
 everything that depends on values (patch masks, placeholders, padding) takes the way it takes in training.
 
 On a GPU some kernels keep other things than on the CPU; `_gpu_kernels` puts in what CUDA would run: flash or
-memory-efficient attention, dropout's boolean mask, autocast's float32 list, TRL's Triton loss.
+memory-efficient attention, dropout's boolean mask, autocast's float32 list, TRL's Triton loss. TRL's loss is TRL's own
+code: 1.16 or newer.
+
 Shapes: `B` rows, `L` columns, `G` groups of patches, `P` patches of the grid, `S` image side.
 """
 

@@ -214,6 +214,10 @@ def check_recipe(arguments: BackdropArguments, training: SFTConfig, options: Mod
     if arguments.streaming and training.accelerator_config.dispatch_batches is not False:
         # Process 0 would cut every tensor to the batch's rows, and groups are more than rows.
         training.accelerator_config.dispatch_batches = False
+    if (options.load_in_4bit or options.load_in_8bit) and not training.bf16:
+        raise ValueError(
+            "bf16 is false with load_in_4bit or load_in_8bit; wanted true: TRL keeps their adapters in bfloat16."
+        )
     check_start(arguments.model, arguments.requires_stage)
     if arguments.train:
         outline_trainable(arguments, options)
