@@ -774,7 +774,6 @@ CHECK_CASES = [
     CheckCase("LoRA, eager attention", "LoRA", False, attention="eager"),
     CheckCase("full, AdamW without fusion", "full", True, optim="adamw_torch"),
     CheckCase("LoRA, wide MLP, checkpointing", "LoRA", True, wide=True),
-    CheckCase("full, wide MLP, bf16 autocast, checkpointing", "full", True, bf16=True, wide=True),
 ]
 CHECK_ROWS, CHECK_LENGTH = 4, 400
 
