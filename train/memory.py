@@ -289,8 +289,15 @@ class _Ledger(TorchDispatchMode):
             self.live[part] += size
             self._known[key] = (part, size, reference)
 
+    def save(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Hook for what autograd saves: an activation, unless it is a weight."""
+        key = self._add(tensor)
+        if self._known[key][0] == "temporaries":
+            self.assign("activations", [tensor])
+        return tensor
+
     def end_forward(self) -> None:
-        """What is alive now was left for the backward."""
+        """What is alive now was left for the backward, by other ways than autograd's too (a context, a closure)."""
         for key, (part, size, reference) in list(self._known.items()):
             if part == "temporaries":
                 self._known[key] = ("activations", size, reference)
@@ -406,7 +413,8 @@ def _step(
     ledger.phase = "forward"
     batch = _batch(model.config, training, *lengths)
     amp = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
-    with torch.autocast("cpu", dtype=amp, enabled=amp is not None):
+    saving = torch.autograd.graph.saved_tensors_hooks(ledger.save, lambda tensor: tensor)
+    with saving, torch.autocast("cpu", dtype=amp, enabled=amp is not None):
         outputs = model(**batch, fused_lm_head=True, use_cache=False)
     loss = -outputs.log_probs.sum() / outputs.label_mask.sum().clamp(min=1)
     del outputs
@@ -1079,7 +1087,7 @@ What to read from it:
   more than the whole quantised model.
 - bitsandbytes' LLM.int8() keeps the input of every linear map on the function's context, where checkpointing cannot free it
   (seen with bitsandbytes 0.50.2 on the CPU, too): for training prefer 4 bits.
-- TRL's loss never holds the logits of all tokens: two tiles of 4,096 x 32,768 at most.
+- TRL's loss never holds the logits of all tokens, only a tile of 4,096 x 32,768 at most.
 
 ### Published figures
 
@@ -1090,16 +1098,16 @@ What to read from it:
 - LLaVA issues 569 and 655: full finetuning with ZeRO-2 and one row runs out of memory on 4 A100 of 40 GB, as in the table;
   with 8 the author says that it "should work fine", as the table does, and one user of two nodes reports that it did not
   (DeepSpeed's communication buffers are not in the estimate).
-- LLaVA issue 697: QLoRA of the 13B model with 16 rows runs out of memory on one A100, with the advice of 8 rows for 40 GB;
-  the 7B model at 8 rows must be, and is, below that.
+- LLaVA issue 697: QLoRA of the 13B model with 16 rows and offloading runs out of memory on one A100; a commenter advises 8
+  rows for 40 GB. The 7B model at 8 rows must be, and is, below that.
 - InternLM/xtuner issue 526 gives 48 GB as the minimum for LLaVA-7B in its recipes, which do not set the same batch.
 
 ## Checked against measured runs
 
-Two real steps of `SFTTrainer` on the CPU, {rows} rows of {length} tokens with an image each; measured is the highest sum that
-PyTorch's allocator handed out (memory events of torch.profiler). Largest error: {worst}. "Resident" is the growth of the
-process's peak resident memory, which has malloc's rounding, thread buffers and oneDNN's scratch memory in it: a second
-witness, not the same quantity.
+Two real steps of `SFTTrainer` on the CPU, {rows} rows of {length} tokens with an image each; measured is the highest sum
+that PyTorch's allocator handed out (memory events of torch.profiler). Largest error: {worst}.
+"Resident" is the growth of the process's peak resident memory, which has malloc's rounding, thread buffers and oneDNN's
+scratch memory in it: a second witness, not the same quantity.
 
 {check}
 
