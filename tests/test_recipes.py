@@ -237,6 +237,13 @@ def test_a_dry_run_prints_what_trains_and_what_it_needs(base, capsys):  # noqa: 
     assert not (base / "out").exists()
 
 
+def test_a_dry_run_on_an_older_trl_says_which_is_wanted(base, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("backdrop.train.sft.version", lambda name: "1.10.0")
+    words = ["--model", base / "model", "--dataset", base / "rows", "--output_dir", base / "out", *CPU]
+    with pytest.raises(ValueError, match="TRL is 1.10.0, wanted 1.16"):
+        run(*parse([*map(str, words), "--dry_run", "true"]))
+
+
 # ---- losses
 
 

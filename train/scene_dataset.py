@@ -16,7 +16,7 @@ Half of the rows are as a fixed camera sends them (noise, light, JPEG), with a t
 
 import argparse
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.patch_groups_backdrop import PatchGroup, group_to_image, save_group
 
-from .scenes import FAMILIES, Scene, background_seeds, disturbed, render_scene
+from .scenes import FAMILIES, TOPICS, Scene, background_seeds, disturbed, render_scene
 
 FEATURES = Features(
     {
@@ -41,8 +41,8 @@ FORMS = ("whole", "split", "pair", "stale")
 BATCH = 32
 CAMERA_TOLERANCE = 10.0  # grey levels; noise and light of `disturbed` differ by less between two frames
 # Streets have the most to ask, and what takes longest to learn: places and plates.
-_FAMILY_WEIGHTS = {"phone": 3, "street": 5, "panel": 4}
-_TOPIC_WEIGHTS = {"plate": 4, "side": 2}
+FAMILY_WEIGHTS = {"phone": 3, "street": 5, "panel": 4}
+TOPIC_WEIGHTS = {"plate": 4, "side": 2}  # all others 1
 
 
 def row_groups(
@@ -75,13 +75,19 @@ def row_groups(
     return [groups[i] for i in range(len(images))]
 
 
-def conversation(scene: Scene, questions: int, rng: random.Random, places: int = 0) -> list[dict[str, str]]:
+def conversation(
+    scene: Scene,
+    questions: int,
+    rng: random.Random,
+    places: int = 0,
+    topic_weights: Mapping[str, float] = TOPIC_WEIGHTS,
+) -> list[dict[str, str]]:
     """Up to `questions` questions about one image and up to `places` for columns, in random order, each answered.
 
-    TRL puts the images first.
+    TRL puts the images first. `topic_weights` say how likely a topic is drawn, 1 where one is not named.
     """
     # The largest of u^(1/w): a weighted sample without replacement (Efraimidis and Spirakis 2006).
-    order = sorted(scene.questions, key=lambda q: rng.random() ** (1 / _TOPIC_WEIGHTS.get(q.topic, 1)))
+    order = sorted(scene.questions, key=lambda q: rng.random() ** (1 / topic_weights.get(q.topic, 1)))
     chosen = order[-questions:] + rng.sample(scene.places, min(places, len(scene.places)))
     rng.shuffle(chosen)
     messages = []
@@ -99,6 +105,8 @@ def rows(
     questions: int,
     shares: dict[str, float],
     places: int = 0,
+    family_weights: Mapping[str, float] = FAMILY_WEIGHTS,
+    topic_weights: Mapping[str, float] = TOPIC_WEIGHTS,
 ) -> Iterator[dict]:
     """Dataset rows; `shares` gives the probability of each form."""
     rng = random.Random(f"rows/{split}/{seed}")
@@ -109,7 +117,7 @@ def rows(
         count = min(BATCH, scenes - start)
         drawn, images, earlier, tolerances, talks, forms = [], [], [], [], [], []
         for _ in range(count):
-            family = rng.choices(FAMILIES, weights=[_FAMILY_WEIGHTS[name] for name in FAMILIES])[0]
+            family = rng.choices(FAMILIES, weights=[family_weights[name] for name in FAMILIES])[0]
             background, camera = rng.choice(backgrounds), rng.random() < 0.5
             frames = [render_scene(family, background, rng.randrange(2**31)) for _ in range(2)]
             noise = [rng.randrange(2**31) for _ in frames]
@@ -121,7 +129,7 @@ def rows(
             earlier.append(seen[0])
             images.append(seen[1])
             tolerances.append(CAMERA_TOLERANCE if camera else 0.0)
-            talks.append(conversation(frames[1], questions, rng, places))
+            talks.append(conversation(frames[1], questions, rng, places, topic_weights))
             forms.append(_form(rng.random(), shares))
         made = row_groups(processor, images, earlier, forms, tolerances)
         for groups, messages in zip(made, talks, strict=True):
@@ -144,6 +152,28 @@ def _png(group: PatchGroup, patch_size: int, geometry: str) -> dict:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
+def _weights(kind: str, names: Sequence[str], base: Mapping[str, float]) -> Callable[[str], dict[str, float]]:
+    """A parser of `name=number,name=number`; names that are left out keep their number of `base`."""
+
+    def parse(text: str) -> dict[str, float]:
+        weights = dict(base)
+        for part in text.split(","):
+            name, _, number = part.partition("=")
+            if name not in names:
+                raise argparse.ArgumentTypeError(f"unknown {kind} {name!r}; known: {', '.join(names)}")
+            try:
+                weights[name] = float(number)
+            except ValueError:
+                raise argparse.ArgumentTypeError(
+                    f"weight of {name!r} is {number!r}; wanted a number"
+                ) from None
+            if not 0 < weights[name] < float("inf"):
+                raise argparse.ArgumentTypeError(f"weight of {name!r} is {number}; wanted a number above 0")
+        return weights
+
+    return parse
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -158,6 +188,20 @@ def main() -> None:
     parser.add_argument("--whole", type=float, default=0.1, help="share of whole images, 0-1")
     parser.add_argument("--pair", type=float, default=0.35, help="share with another frame's background")
     parser.add_argument("--stale", type=float, default=0.2, help="share with another whole frame behind")
+    parser.add_argument(
+        "--families",
+        type=_weights("family", FAMILIES, FAMILY_WEIGHTS),
+        default=FAMILY_WEIGHTS,
+        metavar="NAME=WEIGHT,...",
+        help="how often each family is drawn",
+    )
+    parser.add_argument(
+        "--topics",
+        type=_weights("topic", TOPICS, TOPIC_WEIGHTS),
+        default=TOPIC_WEIGHTS,
+        metavar="NAME=WEIGHT,...",
+        help="how often each topic is asked for where a scene has more than QUESTIONS",
+    )
     options = parser.parse_args()
     shares = {"whole": options.whole, "pair": options.pair, "stale": options.stale}
     shares["split"] = 1 - sum(shares.values())
@@ -177,6 +221,8 @@ def main() -> None:
             "questions": options.questions,
             "shares": shares,
             "places": options.places,
+            "family_weights": options.families,
+            "topic_weights": options.topics,
         },
         cache_dir=str(options.out) + ".cache",
     )

@@ -1,6 +1,9 @@
-"""The small model before its finetuning: a tokenizer, the pretrained tower, a fresh language model, a detector.
+"""The small model before its finetuning: a tokenizer, the pretrained tower, a language model, a detector.
 
-python -m backdrop.train.scene_model --tower runs/tower/vision_tower --detector runs/scene_detector/detector.pt --out runs/scene_base
+    python -m backdrop.train.scene_model --tower runs/tower/vision_tower --detector runs/scene_detector/detector.pt --out runs/scene_base
+
+The language model is fresh and small, or, with `--language-model`, a pretrained Llama with its own tokenizer: a folder or
+a GGUF file, such as SmolLM2-135M-Instruct's.
 """
 
 import argparse
@@ -8,7 +11,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import CLIPVisionModel, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from backdrop.hub_export.convert import SEPARATOR_WORDS, chat_template, prepare_tokens
 from backdrop.modeling.configuration_backdrop import BackdropConfig
@@ -47,18 +57,30 @@ def scene_tokenizer(num_scenes: int = 400, seed: int = 0) -> PreTrainedTokenizer
     )
 
 
+def load_language_model(source: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """A pretrained Llama in fp32 and its tokenizer, from a folder or a GGUF file (needs `gguf`)."""
+    where = {"pretrained_model_name_or_path": source}
+    if source.suffix == ".gguf":
+        where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    model = LlamaForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return model, tokenizer
+
+
 def build(
-    tower: Path, detector: ObjectDetector, seed: int = 0
+    tower: Path, detector: ObjectDetector, seed: int = 0, language_model: Path | None = None
 ) -> tuple[BackdropForConditionalGeneration, BackdropProcessor]:
-    """Model and processor; the language model is Llama, 4 layers of width 192, from scratch."""
+    """Model and processor; without `language_model` a Llama of 4 layers of width 192, from scratch."""
     torch.manual_seed(seed)
     vision = CLIPVisionModel.from_pretrained(tower)
     side, patch_size = vision.config.image_size, vision.config.patch_size
-    tokenizer = scene_tokenizer(seed=seed)
-    BackdropProcessor.add_tokens(tokenizer)
-    config = BackdropConfig(
-        vision_config=vision.config,
-        text_config=LlamaConfig(
+    if language_model is None:
+        pretrained, tokenizer = None, scene_tokenizer(seed=seed)
+        BackdropProcessor.add_tokens(tokenizer)
+        text_config = LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=192,
             intermediate_size=512,
@@ -69,12 +91,25 @@ def build(
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
-        ),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        )
+    else:
+        pretrained, tokenizer = load_language_model(language_model)
+        # As plain values: a GGUF file leaves its quantisation in the configuration.
+        text_config = LlamaConfig.from_dict(
+            {k: v for k, v in pretrained.config.to_dict().items() if k != "quantization_config"}
+        )
+    config = BackdropConfig(
+        vision_config=vision.config,
+        text_config=text_config,
+        # Only until `prepare_tokens` has given the placeholder its row.
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>") if pretrained is None else 0,
         vision_feature_layer=-1,
     )
     model = BackdropForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(vision.state_dict())
+    if pretrained is not None:
+        model.model.language_model.load_state_dict(pretrained.model.state_dict())
+        model.lm_head.load_state_dict(pretrained.lm_head.state_dict())
     prepare_tokens(model, tokenizer)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.max_new_tokens = 16
@@ -95,6 +130,7 @@ def main() -> None:
     detector = parser.add_mutually_exclusive_group(required=True)
     detector.add_argument("--detector", type=Path, help="ultralytics checkpoint (.pt)")
     detector.add_argument("--detector-of", type=Path, help="model folder whose detector is taken")
+    parser.add_argument("--language-model", type=Path, help="pretrained Llama: a folder or a .gguf file")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -102,7 +138,7 @@ def main() -> None:
         detector = ObjectDetector.from_name_or_path(str(options.detector))
     else:
         detector = ObjectDetector.from_folder(str(options.detector_of))
-    model, processor = build(options.tower, detector, options.seed)
+    model, processor = build(options.tower, detector, options.seed, options.language_model)
     model.save_pretrained(options.out)
     processor.save_pretrained(options.out)
     print(f"{options.out}: {model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens")

@@ -138,6 +138,7 @@ _QUESTIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("panel", "frame"): ("What colour is the frame?", "Which colour is the frame of the panel?"),
     ("panel", "unit"): ("What is the unit of the readout?", "Which unit is printed on the panel?"),
 }
+TOPICS = tuple(sorted({topic for _, topic in _QUESTIONS if topic != "place"}))
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from trl import ModelConfig, SFTConfig, TrlParser
@@ -242,6 +244,10 @@ def training_rows(arguments: BackdropArguments) -> Dataset | IterableDataset:
 
 def dry_run(arguments: BackdropArguments, training: SFTConfig, options: ModelConfig) -> None:
     """Prints what would train and what memory it needs, without loading a weight."""
+    if Version(version("trl")) < Version("1.16"):
+        raise ValueError(
+            f"the memory estimate runs TRL's own loss: TRL is {version('trl')}, wanted 1.16 or newer"
+        )
     from .memory import estimate, print_memory
 
     check_recipe(arguments, training, options)

@@ -3,7 +3,7 @@
     python -m backdrop.train.small_model --work runs/scenes --report docs/scenes-accuracy.json
     python -m backdrop.train.small_model --work runs/seed1 --seed 1 --size reduced --report docs/scenes-accuracy-seed1.json
 
-Detector, tower, base model, rows in both forms, the recipes scenes_llava_1 to 3 (plain LLaVA) and scenes_1 to 3 (groups),
+Detector, tower, base model, rows in both forms, the recipes scenes_llava_1 to 4 (plain LLaVA) and scenes_1 to 4 (groups),
 and the questions: same scenes, steps and sizes for both. A run that was cut off goes on with the step it was in.
 """
 
@@ -22,8 +22,18 @@ from backdrop.evaluation.scenes import markdown, run_scenes
 from .experiment import folder_digest, run_logged, step, train_stage
 
 RECIPES = Path(__file__).parent / "recipes"
-LLAVA, GROUPS = (tuple(f"scenes_{form}{stage}" for stage in (1, 2, 3)) for form in ("llava_", ""))
-PLACES = 3  # questions for columns in each row of the third stage
+LLAVA, GROUPS = (tuple(f"scenes_{form}{stage}" for stage in (1, 2, 3, 4)) for form in ("llava_", ""))
+# Rows are made anew for the third and the fourth stage: with questions for columns, then fewer questions of what was
+# still wrong, and more backgrounds that contradict the objects.
+PLACED = {"places": 3}
+HARD = {
+    "questions": 5,
+    "places": 2,
+    "families": "phone=5,street=6,panel=3",
+    "topics": "plate=5,side=6,toggle=6,count=3,time=2,alarm=2,presence=2,name=2",
+}
+WHOLE = {"whole": 1, "pair": 0, "stale": 0}
+HARD_SHARES = {"whole": 0.05, "pair": 0.3, "stale": 0.35}
 
 
 @dataclass(frozen=True)
@@ -35,15 +45,15 @@ class Size:
     tower_images: int
     tower_steps: int
     row_scenes: int
-    steps: tuple[int, int, int]
+    steps: tuple[int, int, int, int]
     eval_scenes: int
     questions: int = 3
 
 
 SIZES = {
-    "full": Size(3000, 8, 8000, 1000, 10_000, (900, 400, 800), 3800),
-    "reduced": Size(1500, 6, 4000, 700, 5000, (500, 200, 400), 1000),
-    "miniature": Size(64, 1, 64, 4, 64, (4, 2, 2), 8),
+    "full": Size(3000, 8, 8000, 1000, 10_000, (900, 400, 800, 900), 3800),
+    "reduced": Size(1500, 6, 4000, 700, 5000, (500, 200, 400, 400), 1000),
+    "miniature": Size(64, 1, 64, 4, 64, (4, 2, 2, 2), 8),
 }
 
 
@@ -55,14 +65,15 @@ def make(work: Path, seed: int, size: Size, detector: Path | None = None) -> tup
     """
     base = _base(work, seed, size, detector)
     models = []
-    for recipes, shares, name in (
-        (LLAVA, {"whole": 1, "pair": 0, "stale": 0}, "whole"),
-        (GROUPS, {}, "split"),
+    for recipes, shares, hard_shares, name in (
+        (LLAVA, WHOLE, WHOLE, "whole"),
+        (GROUPS, {}, HARD_SHARES, "split"),
     ):
         rows = _rows(work, seed, size, base, shares, f"{name}_1")
-        placed = _rows(work, seed + 1, size, base, shares | {"places": PLACES}, f"{name}_3")
+        placed = _rows(work, seed + 1, size, base, shares | PLACED, f"{name}_3")
+        hard = _rows(work, seed + 2, size, base, hard_shares | HARD, f"{name}_4")
         start = base
-        for recipe_name, data, steps in zip(recipes, (rows, rows, placed), size.steps, strict=True):
+        for recipe_name, data, steps in zip(recipes, (rows, rows, placed, hard), size.steps, strict=True):
             recipe = yaml.safe_load((RECIPES / f"{recipe_name}.yaml").read_text())
             recipe |= {"dataset": str(data), "max_steps": steps, "seed": recipe["seed"] + 1000 * seed}
             recipe["warmup_steps"] = min(recipe["warmup_steps"], steps // 4)
