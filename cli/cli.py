@@ -161,12 +161,18 @@ def export(
     base_model: Annotated[str | None, typer.Option(help="Base model for the card.")] = None,
     notes: Annotated[Path | None, typer.Option(help="Markdown file that goes into the card.")] = None,
     licence: Licence = "other",
+    fold: Annotated[
+        bool,
+        typer.Option(
+            "--fold-prefusion", help="Prefusion becomes the language model's first layers (for vLLM)."
+        ),
+    ] = False,
 ) -> None:
     """Write a complete Hub folder that loads with nothing of ours installed."""
     from backdrop.hub_export.export import export_checkpoint
 
     text = notes.read_text() if notes else ""
-    files = export_checkpoint(checkpoint, out, base_model=base_model, licence=licence, notes=text)
+    files = export_checkpoint(checkpoint, out, base_model, licence, text, fold)
     typer.echo(f"{out}: {len(files)} files")
 
 

@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -222,6 +223,39 @@ def extend_model(
     if separate_projectors and not config.separate_projectors:
         base.object_multi_modal_projector = copy.deepcopy(base.multi_modal_projector)
         config.separate_projectors = True
+
+
+def fold_prefusion(model: BackdropForConditionalGeneration) -> None:
+    """Makes the prefusion layers the first layers of the language model.
+
+    Prefusion runs over the whole sequence, causally, in front of the language model: as its first layers it computes the
+    same, and serving engines, which know nothing of it, see a plain decoder. There is no way back.
+
+    Raises:
+        ValueError: prefusion without positions, which decoder layers always have.
+    """
+    config, base = model.config, model.model
+    if not config.num_prefusion_layers:
+        return
+    if not config.prefusion_rotary:
+        raise ValueError(
+            "prefusion_rotary is False: these prefusion layers see no positions and cannot become layers of the language "
+            "model, which do."
+        )
+    added = config.num_prefusion_layers
+    layers = nn.ModuleList([*base.prefusion.layers, *base.language_model.layers])
+    for i, layer in enumerate(layers):
+        for module in layer.modules():
+            if "layer_idx" in vars(module):
+                module.layer_idx = i
+    base.language_model.layers = layers
+    del base.prefusion
+    # The language model holds the same configuration or a copy of it.
+    for text_config in {id(c): c for c in (config.text_config, base.language_model.config)}.values():
+        if getattr(text_config, "layer_types", None) is not None:
+            text_config.layer_types = ["full_attention"] * added + list(text_config.layer_types)
+        text_config.num_hidden_layers = len(layers)
+    config.num_prefusion_layers = 0
 
 
 def _generation_config(source, model, hub_kwargs) -> GenerationConfig:

@@ -24,7 +24,7 @@ from backdrop.processing.detector_backdrop import DESCRIPTION_NAME
 from backdrop.processing.image_processing_backdrop import DETECTOR_FILES, BackdropImageProcessor
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
-from .convert import extend_model
+from .convert import extend_model, fold_prefusion
 from .model_card import licence_text, model_card, notice_text
 
 MODEL_CLASSES = {
@@ -110,14 +110,18 @@ def export_checkpoint(
     base_model: str | None = None,
     licence: str = "apache-2.0",
     notes: str = "",
+    fold: bool = False,
 ) -> list[str]:
     """`export` of a folder that `save_pretrained`, the converter or a trainer wrote; an adapter is merged first.
 
     Args:
         checkpoint: holds weights and processor, or a peft adapter, whose base is loaded from where it says.
         out, base_model, licence, notes: see `export`.
+        fold: prefusion layers become the first layers of the language model, as serving engines need them.
     """
     model, processor = load_checkpoint(checkpoint)
+    if fold:
+        fold_prefusion(model)
     return export(model, processor, out, base_model, licence, notes)
 
 

@@ -14,6 +14,7 @@ import tiny
 import torch
 from packaging.requirements import Requirement
 from PIL import Image
+from safetensors.torch import save_file
 
 from backdrop.hub_export import export as export_module
 from backdrop.hub_export.convert import chat_template
@@ -51,7 +52,7 @@ def tiny_pair(rows: int = 320, **changes):
 def pretend_detector(processor: BackdropProcessor, folder: Path) -> None:
     """Detector files that are copied but never run."""
     folder.mkdir()
-    (folder / "detector.safetensors").write_bytes(b"weights")
+    save_file({"0.weight": torch.ones(2)}, folder / "detector.safetensors")
     (folder / "detector.json").write_text(json.dumps({"source": "yolov8n.pt"}))
     processor.image_processor.find_detector(str(folder))
 

@@ -1,0 +1,421 @@
+"""A client that splits frames before it sends them, for vLLM serving an exported Backdrop folder.
+
+    from backdrop.serving import BackdropClient
+
+    client = BackdropClient("http://localhost:8000/v1")
+    print(client.ask(frame, "How many vehicles are there?"))
+
+    with client.camera("gate") as camera:  # references of its own, forgotten at the end
+        for frame in frames:
+            print(camera.ask(frame, "Is the barrier up?"))
+
+The images of a frame are its patch groups, background first, with the pixels of the reference that the matcher found;
+so the engine's prefix cache has the background's keys and values already, whatever stands in front of it. To a Backdrop
+gateway, which splits itself, the client sends whole frames.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import os
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+
+import numpy as np
+import openai
+from PIL import Image
+
+from backdrop.processing.patch_groups_backdrop import BACKGROUND, make_group
+from backdrop.processing.processing_backdrop import BackdropProcessor
+
+from .frames import FrameSplitter, SplitFrame
+from .prompts import check_prompt_tokens, prompt_tokens, suppressed_tokens
+
+GATEWAY_MARK = "backdrop_gateway"  # in a gateway's list of models
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and what it cost.
+
+    Attributes:
+        text: the answer.
+        prompt_tokens: of the whole prompt.
+        cached_tokens: prompt tokens whose keys and values the engine had already; None where it does not say
+            (`--enable-prompt-tokens-details`).
+        patches, patches_reused: of all frames; a gateway's own are not known here (0).
+    """
+
+    text: str
+    prompt_tokens: int
+    cached_tokens: int | None
+    patches: int
+    patches_reused: int
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A request, ready to be sent."""
+
+    body: dict
+    tokens: int | None  # the prompt's; None: the gateway splits, and knows
+    frames: tuple[SplitFrame, ...]
+
+    def answer(self, completion) -> Answer:
+        usage = completion.usage
+        if self.tokens is not None:
+            check_prompt_tokens(usage.prompt_tokens, self.tokens)
+        details = usage.prompt_tokens_details
+        return Answer(
+            text=(completion.choices[0].message.content or "").strip(),
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=None if details is None else details.cached_tokens,
+            patches=sum(frame.total for frame in self.frames),
+            patches_reused=sum(frame.reused for frame in self.frames),
+        )
+
+
+class _Preparation:
+    """What the synchronous and the asynchronous client share: everything but waiting."""
+
+    def __init__(self, processor, model: str | None, tolerance: float, matching: dict):
+        self._given = processor
+        self._wanted_model = model
+        self._tolerance, self._matching = tolerance, matching
+        self.ready = False
+        self.model: str | None = None
+        self.processor: BackdropProcessor | None = None
+        self.splitter: FrameSplitter | None = None
+
+    def settle(self, models: list) -> None:
+        """Chooses the model and loads its processor, given the engine's list of models."""
+        names = [model.id for model in models]
+        name = self._wanted_model or (names[0] if names else None)
+        if name not in names:
+            raise ValueError(f"the engine serves {names}; wanted {self._wanted_model or 'a model'}.")
+        found = models[names.index(name)]
+        if not getattr(found, GATEWAY_MARK, False) and self.splitter is None:
+            source = self._given
+            if source is None or isinstance(source, str) or hasattr(source, "__fspath__"):
+                source = BackdropProcessor.from_pretrained(source or getattr(found, "root", None) or name)
+            self.splitter = FrameSplitter(source, self._tolerance, **self._matching)
+            self.processor = source
+        self.model = name
+
+    def messages(self, frames: Sequence, question: str, system: str | None, namespace: str, match: bool):
+        if self.splitter is None:
+            split = ()
+            parts = [_whole_frame(frame) for frame in frames]
+        else:
+            split = tuple(self.splitter.split(frame, namespace, match) for frame in frames)
+            parts = [item.part() for frame in split for item in frame.items]
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
+        return messages, split
+
+    def prepare(self, frames, question, system, namespace, match, options) -> _Prepared:
+        frames = frames if isinstance(frames, list | tuple) else [frames]
+        messages, split = self.messages(frames, question, system, namespace, match)
+        body = {"model": self.model, "messages": messages, "temperature": 0.0, **options}
+        if self.splitter is None:
+            return _Prepared(body, None, ())
+        body["logit_bias"] = suppressed_tokens(self.processor) | (options.get("logit_bias") or {})
+        items = [item for frame in split for item in frame.items]
+        return _Prepared(body, prompt_tokens(self.processor, messages, items), split)
+
+    def probe(self) -> _Prepared | None:
+        """A request of a few tokens that an engine which does not see patch groups counts differently."""
+        if self.splitter is None:
+            return None
+        processor = self.splitter.processor
+        side = processor._side(processor._with_defaults({}))
+        owned = np.zeros((side // processor.patch_size) ** 2, dtype=bool)
+        owned[0] = True
+        pixels = np.zeros((side, side, 3), dtype=np.uint8)
+        item = self.splitter.item(make_group(pixels, owned, BACKGROUND, processor.patch_size))
+        messages = [{"role": "user", "content": [item.part(), {"type": "text", "text": "?"}]}]
+        body = {"model": self.model, "messages": messages, "temperature": 0.0, "max_tokens": 1}
+        return _Prepared(body, prompt_tokens(self.processor, messages, [item]), ())
+
+    def forget(self, namespace: str) -> None:
+        if self.splitter is not None:
+            self.splitter.matcher.clear(namespace)
+
+
+def _whole_frame(frame) -> dict:
+    if isinstance(frame, str) and frame.startswith(("http://", "https://", "data:")):
+        return {"type": "image_url", "image_url": {"url": frame}}
+    image = frame if isinstance(frame, Image.Image) else None
+    if image is None:
+        image = (
+            Image.open(frame)
+            if isinstance(frame, str) or hasattr(frame, "__fspath__")
+            else Image.fromarray(np.asarray(frame))
+        )
+    buffer = BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return {
+        "type": "image_url",
+        "image_url": {"url": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()},
+    }
+
+
+class BackdropClient:
+    """Asks an engine, or a Backdrop gateway, about frames.
+
+    Args:
+        base_url: the API's, with /v1.
+        model: its name there; None: the first one.
+        processor: of the served model, or where it is (folder, Hub id); None: where the engine says it serves from.
+        api_key: None: the environment's OPENAI_API_KEY, or none.
+        tolerance, matching: see `FrameSplitter`.
+        openai_options: of `openai.OpenAI`: timeout, max_retries, http_client, ...
+    """
+
+    def __init__(
+        self,
+        base_url: str = "http://localhost:8000/v1",
+        *,
+        model: str | None = None,
+        processor=None,
+        api_key: str | None = None,
+        tolerance: float = 10.0,
+        matching: dict | None = None,
+        **openai_options,
+    ):
+        self._preparation = _Preparation(processor, model, tolerance, matching or {})
+        self._options = {"base_url": base_url, "api_key": api_key or _environment_key(), **openai_options}
+        self._settling = threading.Lock()
+
+    @cached_property
+    def openai(self) -> openai.OpenAI:
+        """The official client that carries the requests."""
+        return openai.OpenAI(**self._options)
+
+    def ask(
+        self,
+        frames,
+        question: str,
+        *,
+        system: str | None = None,
+        namespace: str = "",
+        match: bool = True,
+        **options,
+    ) -> Answer:
+        """The answer to a question about one frame or several.
+
+        Args:
+            frames: a PIL image, array, path or URL; or a list of them.
+            system: system prompt in place of the template's own.
+            namespace: whose references: see `camera`.
+            match: False splits without references.
+            options: of the API: max_tokens, temperature (default 0), seed, ...
+
+        Raises:
+            EngineMismatchError: the engine does not see patch groups.
+            openai.APIError: what the engine refuses.
+        """
+        self._settle()
+        prepared = self._preparation.prepare(frames, question, system, namespace, match, options)
+        return prepared.answer(self.openai.chat.completions.create(**prepared.body))
+
+    def stream(
+        self,
+        frames,
+        question: str,
+        *,
+        system: str | None = None,
+        namespace: str = "",
+        match: bool = True,
+        **options,
+    ) -> Iterator[str]:
+        """The answer in pieces, as they come; the arguments are those of `ask`."""
+        self._settle()
+        prepared = self._preparation.prepare(frames, question, system, namespace, match, options)
+        with self.openai.chat.completions.create(**prepared.body, stream=True) as chunks:
+            for chunk in chunks:
+                if chunk.choices and chunk.choices[0].delta.content:
+                    yield chunk.choices[0].delta.content
+
+    def messages(
+        self, frames, question: str, *, system: str | None = None, namespace: str = "", match: bool = True
+    ) -> list[dict]:
+        """Messages of the chat completions API, for those who send them themselves."""
+        self._settle()
+        frames = frames if isinstance(frames, list | tuple) else [frames]
+        return self._preparation.messages(frames, question, system, namespace, match)[0]
+
+    @contextlib.contextmanager
+    def camera(self, name: str) -> Iterator[Camera]:
+        """A source of frames with references of its own, forgotten when the block ends."""
+        try:
+            yield Camera(self, f"camera/{name}")
+        finally:
+            self._preparation.forget(f"camera/{name}")
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self.openai.close()
+
+    def __enter__(self) -> BackdropClient:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def _settle(self) -> None:
+        with self._settling:
+            if self._preparation.ready:
+                return
+            self._preparation.settle(self.openai.models.list().data)
+            # Streams come without a count, so the engine's eyes are checked once, before the first question.
+            probe = self._preparation.probe()
+            if probe is not None:
+                probe.answer(self.openai.chat.completions.create(**probe.body))
+            self._preparation.ready = True
+
+
+class AsyncBackdropClient:
+    """`BackdropClient` for asyncio; frames are split in a thread, the loop goes on meanwhile."""
+
+    def __init__(
+        self,
+        base_url: str = "http://localhost:8000/v1",
+        *,
+        model: str | None = None,
+        processor=None,
+        api_key: str | None = None,
+        tolerance: float = 10.0,
+        matching: dict | None = None,
+        **openai_options,
+    ):
+        self._preparation = _Preparation(processor, model, tolerance, matching or {})
+        self._options = {"base_url": base_url, "api_key": api_key or _environment_key(), **openai_options}
+        self._settling: asyncio.Lock | None = None
+
+    @cached_property
+    def openai(self) -> openai.AsyncOpenAI:
+        """The official client that carries the requests."""
+        return openai.AsyncOpenAI(**self._options)
+
+    async def ask(
+        self,
+        frames,
+        question: str,
+        *,
+        system: str | None = None,
+        namespace: str = "",
+        match: bool = True,
+        **options,
+    ) -> Answer:
+        """See `BackdropClient.ask`."""
+        await self._settle()
+        prepared = await asyncio.to_thread(
+            self._preparation.prepare, frames, question, system, namespace, match, options
+        )
+        return prepared.answer(await self.openai.chat.completions.create(**prepared.body))
+
+    async def stream(
+        self,
+        frames,
+        question: str,
+        *,
+        system: str | None = None,
+        namespace: str = "",
+        match: bool = True,
+        **options,
+    ) -> AsyncIterator[str]:
+        """See `BackdropClient.stream`."""
+        await self._settle()
+        prepared = await asyncio.to_thread(
+            self._preparation.prepare, frames, question, system, namespace, match, options
+        )
+        async with await self.openai.chat.completions.create(**prepared.body, stream=True) as chunks:
+            async for chunk in chunks:
+                if chunk.choices and chunk.choices[0].delta.content:
+                    yield chunk.choices[0].delta.content
+
+    async def messages(
+        self, frames, question: str, *, system: str | None = None, namespace: str = "", match: bool = True
+    ) -> list[dict]:
+        """See `BackdropClient.messages`."""
+        await self._settle()
+        frames = frames if isinstance(frames, list | tuple) else [frames]
+        found = await asyncio.to_thread(
+            self._preparation.messages, frames, question, system, namespace, match
+        )
+        return found[0]
+
+    @contextlib.asynccontextmanager
+    async def camera(self, name: str) -> AsyncIterator[AsyncCamera]:
+        """See `BackdropClient.camera`."""
+        try:
+            yield AsyncCamera(self, f"camera/{name}")
+        finally:
+            self._preparation.forget(f"camera/{name}")
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self.openai.close()
+
+    async def __aenter__(self) -> AsyncBackdropClient:
+        return self
+
+    async def __aexit__(self, *exc) -> None:
+        await self.close()
+
+    async def _settle(self) -> None:
+        self._settling = self._settling or asyncio.Lock()
+        async with self._settling:
+            if self._preparation.ready:
+                return
+            models = (await self.openai.models.list()).data
+            await asyncio.to_thread(self._preparation.settle, models)
+            probe = self._preparation.probe()
+            if probe is not None:
+                probe.answer(await self.openai.chat.completions.create(**probe.body))
+            self._preparation.ready = True
+
+
+@dataclass(frozen=True)
+class Camera:
+    """One source of frames of a `BackdropClient`."""
+
+    client: BackdropClient
+    namespace: str
+
+    def ask(self, frames, question: str, **options) -> Answer:
+        """See `BackdropClient.ask`."""
+        return self.client.ask(frames, question, namespace=self.namespace, **options)
+
+    def stream(self, frames, question: str, **options) -> Iterator[str]:
+        """See `BackdropClient.stream`."""
+        return self.client.stream(frames, question, namespace=self.namespace, **options)
+
+
+@dataclass(frozen=True)
+class AsyncCamera:
+    """One source of frames of an `AsyncBackdropClient`."""
+
+    client: AsyncBackdropClient
+    namespace: str
+
+    async def ask(self, frames, question: str, **options) -> Answer:
+        """See `BackdropClient.ask`."""
+        return await self.client.ask(frames, question, namespace=self.namespace, **options)
+
+    def stream(self, frames, question: str, **options) -> AsyncIterator[str]:
+        """See `BackdropClient.stream`."""
+        return self.client.stream(frames, question, namespace=self.namespace, **options)
+
+
+def _environment_key() -> str:
+    return os.environ.get("OPENAI_API_KEY") or "none"
