@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .evaluate import EPILOG, evaluate
+from . import evaluate, serve
 
 app = typer.Typer(
     name="backdrop",
@@ -383,7 +383,8 @@ def cache_verify(folder: Folder, json_output: Json = False) -> None:
         raise typer.Exit(1)
 
 
-app.command("eval", epilog=EPILOG)(evaluate)
+app.command("eval", epilog=evaluate.EPILOG)(evaluate.evaluate)
+app.command("serve", epilog=serve.EPILOG)(serve.serve)
 
 
 @app.command(epilog="Example: `backdrop demo --frames 24`")

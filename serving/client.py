@@ -21,7 +21,7 @@ import base64
 import contextlib
 import os
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -30,11 +30,10 @@ import numpy as np
 import openai
 from PIL import Image
 
-from backdrop.processing.patch_groups_backdrop import BACKGROUND, make_group
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
 from .frames import FrameSplitter, SplitFrame
-from .prompts import check_prompt_tokens, prompt_tokens, suppressed_tokens
+from .prompts import check_prompt_tokens, engine_probe, prompt_tokens, suppressed_tokens
 
 GATEWAY_MARK = "backdrop_gateway"  # in a gateway's list of models
 
@@ -131,19 +130,9 @@ class _Preparation:
         items = [item for frame in split for item in frame.items]
         return _Prepared(body, prompt_tokens(self.processor, messages, items), split)
 
-    def probe(self) -> _Prepared | None:
-        """A request of a few tokens that an engine which does not see patch groups counts differently."""
-        if self.splitter is None:
-            return None
-        processor = self.splitter.processor
-        side = processor._side(processor._with_defaults({}))
-        owned = np.zeros((side // processor.patch_size) ** 2, dtype=bool)
-        owned[0] = True
-        pixels = np.zeros((side, side, 3), dtype=np.uint8)
-        item = self.splitter.item(make_group(pixels, owned, BACKGROUND, processor.patch_size))
-        messages = [{"role": "user", "content": [item.part(), {"type": "text", "text": "?"}]}]
-        body = {"model": self.model, "messages": messages, "temperature": 0.0, "max_tokens": 1}
-        return _Prepared(body, prompt_tokens(self.processor, messages, [item]), ())
+    def probe(self) -> tuple[dict, Callable[[int], None]] | None:
+        """See `engine_probe`; None for a gateway, which asks its engines itself."""
+        return None if self.splitter is None else engine_probe(self.processor, self.splitter, self.model)
 
     def forget(self, namespace: str) -> None:
         if self.splitter is not None:
@@ -279,7 +268,8 @@ class BackdropClient:
             # Streams come without a count, so the engine's eyes are checked once, before the first question.
             probe = self._preparation.probe()
             if probe is not None:
-                probe.answer(self.openai.chat.completions.create(**probe.body))
+                body, check = probe
+                check(self.openai.chat.completions.create(**body).usage.prompt_tokens)
             self._preparation.ready = True
 
 
@@ -381,7 +371,8 @@ class AsyncBackdropClient:
             await asyncio.to_thread(self._preparation.settle, models)
             probe = self._preparation.probe()
             if probe is not None:
-                probe.answer(await self.openai.chat.completions.create(**probe.body))
+                body, check = probe
+                check((await self.openai.chat.completions.create(**body)).usage.prompt_tokens)
             self._preparation.ready = True
 
 

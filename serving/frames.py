@@ -95,19 +95,20 @@ class FrameSplitter:
         self._report = threading.local()
         self.matcher.observer = lambda report: setattr(self._report, "value", report)
 
-    def split(self, frame, namespace: str = "", match: bool = True) -> SplitFrame:
+    def split(self, frame, namespace: str = "", match: bool = True, split: bool = True) -> SplitFrame:
         """The groups of a frame.
 
         Args:
             frame: PIL image, array, path or URL; a patch group is taken as it stands.
             namespace: whose references: nothing crosses from one to another.
             match: False neither uses nor leaves a reference.
+            split: False gives the whole frame as one background group (plain LLaVA).
         """
         if isinstance(frame, str) or hasattr(frame, "__fspath__"):
             frame = self.processor.fetch_images(frame)
         self._report.value = None
         with self.matcher.scope(namespace=namespace, bypass=not match):
-            groups = self.processor.image_groups([frame])[0]
+            groups = self.processor.image_groups([frame], split=split)[0]
         items = tuple(self.item(group) for group in groups)
         report: MatchReport | None = self._report.value
         known = report is not None and report.reference is not None and not report.refreshed

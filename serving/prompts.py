@@ -4,12 +4,14 @@ An engine that turned RGBA images into RGB, or that runs another chat template, 
 It is known by its count.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from backdrop.processing.patch_groups_backdrop import GROUP_KINDS
+import numpy as np
+
+from backdrop.processing.patch_groups_backdrop import BACKGROUND, GROUP_KINDS, make_group
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
-from .frames import GroupItem
+from .frames import FrameSplitter, GroupItem
 
 ENGINE_FLAGS = (
     '--trust-remote-code --model-impl transformers --media-io-kwargs \'{"image": {"image_mode": null}}\''
@@ -50,6 +52,25 @@ def template_messages(messages: list[dict]) -> list[dict]:
         }
         for message in messages
     ]
+
+
+def engine_probe(
+    processor: BackdropProcessor, splitter: FrameSplitter, model: str
+) -> tuple[dict, Callable[[int], None]]:
+    """A request of a few tokens that an engine which does not see patch groups counts differently, and the check.
+
+    The check takes the usage's prompt_tokens and raises `EngineMismatchError`.
+    """
+    images = splitter.processor
+    side = images._side(images._with_defaults({}))
+    owned = np.zeros((side // images.patch_size) ** 2, dtype=bool)
+    owned[0] = True
+    pixels = np.zeros((side, side, 3), dtype=np.uint8)
+    item = splitter.item(make_group(pixels, owned, BACKGROUND, images.patch_size))
+    messages = [{"role": "user", "content": [item.part(), {"type": "text", "text": "?"}]}]
+    wanted = prompt_tokens(processor, messages, [item])
+    body = {"model": model, "messages": messages, "temperature": 0.0, "max_tokens": 1}
+    return body, lambda found: check_prompt_tokens(found, wanted)
 
 
 def suppressed_tokens(processor: BackdropProcessor) -> dict[str, int]:

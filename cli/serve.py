@@ -1,0 +1,156 @@
+"""`backdrop serve`: engines and gateway together."""
+
+import contextlib
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EPILOG = (
+    "Example: `backdrop serve examples/scenes-model --port 8000`, then "
+    "`curl localhost:8000/v1/models`; with keys and limits: `--config gateway.yaml`; a key's hash: `--hash-key`"
+)
+
+
+def serve(
+    model: Annotated[str | None, typer.Argument(help="Exported Backdrop folder or Hub id.")] = None,
+    host: Annotated[str, typer.Option(help="Address that the gateway listens on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the gateway.")] = 8000,
+    replicas: Annotated[int, typer.Option(help="Engines to start.", min=0)] = 1,
+    replica: Annotated[
+        list[str] | None, typer.Option(help="URL of an engine that runs already (may be repeated).")
+    ] = None,
+    engine_port: Annotated[int, typer.Option(help="Port of the first engine; the next ones follow.")] = 8100,
+    engine_python: Annotated[str | None, typer.Option(help="Python of the environment with vLLM.")] = None,
+    name: Annotated[str, typer.Option(help="The model's name in the API.")] = "backdrop",
+    config: Annotated[Path | None, typer.Option(help="YAML file: keys, limits, matching, hosts.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest staleness that is reused, grey levels (10).")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, tokens.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Requests in one batch.")] = None,
+    backgrounds: Annotated[
+        int | None, typer.Option(help="Size the cache for so many backgrounds (needs --max-model-len).")
+    ] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens that are cached together.")] = None,
+    split: Annotated[bool, typer.Option(help="--no-split: whole images, plain LLaVA.")] = True,
+    start_seconds: Annotated[float, typer.Option(help="Longest time for the engines to start.")] = 600.0,
+    log_folder: Annotated[Path | None, typer.Option(help="Where the engines' logs go.")] = None,
+    hash_key: Annotated[
+        bool, typer.Option("--hash-key", help="Read an API key from standard input, print its hash, end.")
+    ] = False,
+    engine_args: Annotated[str, typer.Option(help="Further arguments of vLLM's server, in one string.")] = "",
+) -> None:
+    """Serve a model: vLLM behind a gateway that splits images and reuses backgrounds across requests."""
+    import shlex
+
+    from backdrop.serving.engine import Engine, EngineSettings, find_engine_python, kv_cache_bytes
+    from backdrop.serving.settings import GatewaySettings, load_settings, make_settings
+    from backdrop.serving.settings import hash_key as hash_of
+
+    if hash_key:
+        typer.echo(hash_of(sys.stdin.readline().strip()))
+        return
+    if model is None:
+        raise ValueError("MODEL is missing; wanted an exported Backdrop folder or a Hub id.")
+    urls = list(replica or [])
+    started: list[EngineSettings] = []
+    if not urls:
+        if backgrounds is not None:
+            from backdrop.modeling.configuration_backdrop import BackdropConfig
+
+            if max_model_len is None:
+                raise ValueError("--backgrounds needs --max-model-len: requests in work take room too.")
+            size = kv_cache_bytes(
+                BackdropConfig.from_pretrained(model),
+                backgrounds,
+                max_num_seqs or 256,
+                max_model_len,
+                block_size or 32,
+                dtype,
+            )
+            typer.echo(
+                f"cache: {size / 2**30:.2f} GiB for {backgrounds} backgrounds and {max_num_seqs or 256} requests"
+            )
+        else:
+            size = None
+        python = find_engine_python(engine_python)
+        for i in range(replicas):
+            started.append(
+                EngineSettings(
+                    model=model,
+                    python=python,
+                    name=name,
+                    port=engine_port + i,
+                    dtype=dtype,
+                    max_model_len=max_model_len,
+                    max_num_seqs=max_num_seqs,
+                    kv_cache_bytes=size,
+                    block_size=block_size,
+                    extra=tuple(shlex.split(engine_args)),
+                )
+            )
+        urls = [engine.url for engine in started]
+    values = {"replicas": urls, "processor": model, "split": split}
+    settings: GatewaySettings = (
+        make_settings("options", **values) if config is None else load_settings(config, **values)
+    )
+    if tolerance is not None:
+        settings.matching.tolerance = tolerance
+    folder = log_folder or Path(tempfile.mkdtemp(prefix="backdrop-serve-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    engines = [Engine(engine, folder / f"engine-{engine.port}.log") for engine in started]
+    _run(settings, engines, host, port, start_seconds)
+
+
+def _run(settings, engines, host: str, port: int, start_seconds: float) -> None:
+    import asyncio
+    import logging
+    import signal
+
+    import uvicorn
+    from rich.console import Console
+
+    from backdrop.serving.gateway import make_app
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    console = Console(stderr=True)
+    if not settings.keys and host not in ("127.0.0.1", "localhost", "::1"):
+        console.print(f"[yellow]no API keys: everybody who reaches {host} can ask (keys in --config)[/]")
+
+    async def main() -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, task.cancel)
+        async with contextlib.AsyncExitStack() as stack:
+            for engine in engines:
+                stack.push_async_callback(engine.stop)
+                await engine.start()
+            if engines:
+                with console.status(f"starting {len(engines)} engine(s); logs in {engines[0].log.parent}"):
+                    await asyncio.gather(*(engine.ready(start_seconds) for engine in engines))
+            server = uvicorn.Server(
+                uvicorn.Config(
+                    make_app(settings),
+                    host=host,
+                    port=port,
+                    timeout_graceful_shutdown=30,
+                    access_log=False,
+                    lifespan="on",
+                )
+            )
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+                # uvicorn takes the signal, drains, and raises it again: the engines are still to be stopped then.
+                signal.signal(number, lambda *_: None)
+            console.print(f"serving on http://{host}:{port}/v1")
+            await server.serve()
+        if not server.started:
+            raise RuntimeError(f"the gateway did not start on {host}:{port}; see above")
+
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(main())

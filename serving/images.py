@@ -1,0 +1,223 @@
+"""Images from strangers: bounded before they are decoded, and fetched from public addresses of allowed hosts only."""
+
+import asyncio
+import base64
+import binascii
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable
+from io import BytesIO
+from urllib.parse import urljoin, urlsplit
+
+import httpx
+from PIL import Image, UnidentifiedImageError
+
+from .problems import ApiError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+MAX_REDIRECTS = 3
+Resolver = Callable[[str, int], Awaitable[list[str]]]
+
+
+def decode_data_url(url: str, max_bytes: int) -> bytes:
+    """The bytes of a base64 data: URL.
+
+    Raises:
+        ApiError: 400, 413.
+    """
+    head, comma, text = url.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise ApiError(
+            400, f"an image's data: URL begins {head[:40]!r}; wanted data:image/...;base64,", "invalid_image"
+        )
+    if len(text) > (max_bytes + 2) // 3 * 4 + 4:
+        raise ApiError(
+            413,
+            f"an image has about {len(text) * 3 // 4:,} bytes; wanted at most {max_bytes:,}",
+            "image_too_large",
+        )
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ApiError(400, f"an image's data: URL is no base64: {error}", "invalid_image") from None
+
+
+def open_image(data: bytes, max_pixels: int) -> Image.Image:
+    """A decoded image, its alpha kept.
+
+    Raises:
+        ApiError: 400 for what is no image or a damaged one, 413 for too many pixels.
+    """
+    if not data:
+        raise ApiError(400, "an image has 0 bytes", "invalid_image")
+    try:
+        image = Image.open(BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise ApiError(
+            413, f"an image has too many pixels; wanted at most {max_pixels:,}", "image_too_large"
+        ) from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+        raise ApiError(
+            400, f"an image of {len(data):,} bytes is none of {', '.join(FORMATS)}", "invalid_image"
+        ) from None
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ApiError(
+            413, f"an image has {width} x {height} pixels; wanted at most {max_pixels:,}", "image_too_large"
+        )
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise ApiError(
+            400, f"a {image.format} image of {len(data):,} bytes is damaged: {error}", "invalid_image"
+        ) from None
+    return image
+
+
+class ImageFetcher:
+    """Fetches images over HTTP from allowed hosts; a name that leads to a private address is refused.
+
+    Every hop of a redirect is checked, and the connection goes to the very address that was checked.
+
+    Args:
+        hosts: "example.org" or "*.example.org"; none: every URL is refused.
+        resolver: name and port -> addresses; None: the system's.
+        transport: of httpx, for tests.
+    """
+
+    def __init__(
+        self,
+        hosts: list[str],
+        seconds: float,
+        max_bytes: int,
+        resolver: Resolver | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ):
+        self.hosts, self.seconds, self.max_bytes = [host.lower() for host in hosts], seconds, max_bytes
+        self._resolve = resolver or _system_addresses
+        self._client = httpx.AsyncClient(follow_redirects=False, trust_env=False, transport=transport)
+
+    async def fetch(self, url: str) -> bytes:
+        """The body of a URL.
+
+        Raises:
+            ApiError: 400 for what may not be fetched or is not there, 413, 504.
+        """
+        try:
+            return await asyncio.wait_for(self._fetch(url), self.seconds)
+        except asyncio.TimeoutError:
+            raise ApiError(
+                504, f"the image's host did not answer within {self.seconds:g} s", "image_timeout"
+            ) from None
+
+    async def _fetch(self, url: str) -> bytes:
+        for _ in range(MAX_REDIRECTS + 1):
+            host, port, address = await self._checked(url)
+            request = self._request(url, host, port, address)
+            try:
+                response = await self._client.send(request, stream=True)
+            except httpx.HTTPError as error:
+                raise ApiError(
+                    400,
+                    f"the image at host {host!r} cannot be fetched: {type(error).__name__}",
+                    "image_not_fetched",
+                ) from None
+            try:
+                if response.is_redirect:
+                    url = urljoin(url, response.headers["location"])
+                    continue
+                if response.status_code != 200:
+                    raise ApiError(
+                        400,
+                        f"host {host!r} answered {response.status_code} for an image",
+                        "image_not_fetched",
+                    )
+                return await self._bounded(response)
+            finally:
+                await response.aclose()
+        raise ApiError(400, f"an image's URL redirects more than {MAX_REDIRECTS} times", "image_not_fetched")
+
+    async def _bounded(self, response: httpx.Response) -> bytes:
+        parts, size = [], 0
+        async for part in response.aiter_bytes():
+            size += len(part)
+            if size > self.max_bytes:
+                raise ApiError(413, f"an image has more than {self.max_bytes:,} bytes", "image_too_large")
+            parts.append(part)
+        return b"".join(parts)
+
+    async def _checked(self, url: str) -> tuple[str, int, str]:
+        """(host, port, address) of a URL that may be fetched."""
+        try:
+            parts = urlsplit(url)
+            host, port = (parts.hostname or "").lower().rstrip("."), parts.port
+        except ValueError:
+            raise ApiError(400, f"an image's URL {url[:80]!r} cannot be read", "url_refused") from None
+        if parts.scheme not in ("http", "https") or not host:
+            raise ApiError(
+                400,
+                f"an image's URL has the scheme {parts.scheme!r}; wanted data:, http: or https:",
+                "url_refused",
+            )
+        if parts.username is not None or parts.password is not None:
+            raise ApiError(400, "an image's URL carries a user name; wanted none", "url_refused")
+        if not any(
+            host == known or (known.startswith("*.") and host.endswith(known[1:])) for known in self.hosts
+        ):
+            allowed = ", ".join(self.hosts) or "none: send images as data: URLs"
+            raise ApiError(
+                400, f"images are not fetched from host {host!r}; allowed: {allowed}", "url_refused"
+            )
+        default = 443 if parts.scheme == "https" else 80
+        if port not in (None, default):
+            raise ApiError(400, f"an image's URL names port {port}; wanted {default}", "url_refused")
+        try:
+            addresses = await self._resolve(host, default)
+        except OSError:
+            raise ApiError(400, f"the image's host {host!r} has no address", "image_not_fetched") from None
+        if not addresses or not all(map(is_public, addresses)):
+            raise ApiError(
+                400, f"the image's host {host!r} leads to an address that is not public", "url_refused"
+            )
+        return host, default, addresses[0]
+
+    def _request(self, url: str, host: str, port: int, address: str) -> httpx.Request:
+        parts = urlsplit(url)
+        target = httpx.URL(
+            scheme=parts.scheme,
+            host=address,
+            port=port,
+            raw_path=(parts.path or "/").encode("utf-8", "ignore")
+            + (b"?" + parts.query.encode() if parts.query else b""),
+        )
+        return self._client.build_request(
+            "GET",
+            target,
+            headers={"Host": host, "Accept": "image/*", "Accept-Encoding": "identity"},
+            # TLS is checked against the name, not the address.
+            extensions={"sni_hostname": host},
+            timeout=self.seconds,
+        )
+
+    async def aclose(self) -> None:
+        """Closes the connections."""
+        await self._client.aclose()
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the public Internet's."""
+    try:
+        ip = ipaddress.ip_address(address.split("%")[0])
+    except ValueError:
+        return False
+    embedded = [ip]
+    if ip.version == 6:
+        embedded += [part for part in (ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())) if part is not None]
+        if ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64
+            embedded.append(ipaddress.ip_address(int(ip) & 0xFFFFFFFF))
+    return all(part.is_global and not part.is_multicast for part in embedded)
+
+
+async def _system_addresses(host: str, port: int) -> list[str]:
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [entry[4][0] for entry in found]
