@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+SERVE := .venv-serve
 BIN := $(VENV)/bin
 # Threads beyond the cores only wait for each other.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo test test-fast test-real check format test-oldest clean
+.PHONY: help setup demo test test-fast test-real serve-setup serve-test check format test-oldest clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -36,7 +37,7 @@ test: setup test-fast test-real ## all tests
 
 test-fast: setup ## fast tests: no network, tiny models
 	@echo "fast tests"
-	$(BIN)/python -m pytest -m "not real" -q
+	$(BIN)/python -m pytest -m "not real and not serve" -q
 
 test-real: setup ## tests with trained parts and real photos
 	@echo "tests with trained parts and real photos"
@@ -50,8 +51,23 @@ format: setup ## rewrite the sources in ruff's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+serve-setup: $(SERVE)/.installed ## create .venv-serve with vLLM (CPU), about three minutes
+
+$(SERVE)/.installed: requirements-serve.txt constraints-serve.txt
+	@echo "[1/2] creating $(SERVE)"
+	@test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE)
+	@echo "[2/2] installing vLLM for the CPU (about three minutes)"
+	@PIP_CONSTRAINT= $(SERVE)/bin/python -m pip install --quiet --progress-bar on -c constraints-serve.txt -r requirements-serve.txt
+	@# Built for other versions of torch than vLLM's; importing them fails, and nothing here needs them.
+	@$(SERVE)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@
+
+serve-test: setup serve-setup ## engines and gateway: parity, reuse, tenants, load, kills, bad requests (about 8 minutes)
+	@echo "tests with vLLM"
+	$(BIN)/python -m pytest -m serve -q
+
 test-oldest: $(OLDEST)/.installed ## fast tests on the lowest versions that pyproject.toml admits
-	$(OLDEST)/bin/python -m pytest -m "not real" -q
+	$(OLDEST)/bin/python -m pytest -m "not real and not serve" -q
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	@echo "[1/2] creating $(OLDEST)"
@@ -60,5 +76,5 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	@PIP_CONSTRAINT= $(OLDEST)/bin/python -m pip install --quiet --progress-bar on -c constraints-oldest.txt -e '.[dev]'
 	@touch $@
 
-clean: ## remove both environments and what runs left
-	rm -rf $(VENV) $(OLDEST) runs .pytest_cache .ruff_cache
+clean: ## remove all environments and what runs left
+	rm -rf $(VENV) $(OLDEST) $(SERVE) runs .pytest_cache .ruff_cache

@@ -273,7 +273,7 @@ class PlantedDetector:
         ]
 
 
-def build_detector(device: str) -> PlantedDetector:
+def build_yolo(device: str) -> ObjectDetector:
     """YOLOv8n with random weights, from the description that ultralytics ships; nothing is downloaded."""
     found = importlib.util.find_spec("ultralytics")
     if found is None:
@@ -284,7 +284,12 @@ def build_detector(device: str) -> PlantedDetector:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "yolov8n.yaml")  # the scale, n, is read from the file's name
         shutil.copyfile(description, path)
-        return PlantedDetector(ObjectDetector.from_name_or_path(str(path), device=device))
+        return ObjectDetector.from_name_or_path(str(path), device=device)
+
+
+def build_detector(device: str) -> PlantedDetector:
+    """The network of `build_yolo`, and planted answers."""
+    return PlantedDetector(build_yolo(device))
 
 
 def build_llava(shape: Shape, device: str, dtype: torch.dtype) -> LlavaForConditionalGeneration:

@@ -311,6 +311,41 @@ def camera(
     typer.echo(summary(figures))
 
 
+@bench.command(epilog="Example: `backdrop bench serving --minutes 30 --json serving.json`")
+def serving(
+    model: Annotated[str, typer.Option(help="Exported Backdrop folder.")] = "examples/scenes-model",
+    shape: Annotated[
+        str | None, typer.Option(help="clip-l+135m, ...: random weights of this shape in place of a model.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Of load, shared by the three ways.")] = 30.0,
+    cameras: Annotated[int, typer.Option(help="Backgrounds.")] = 24,
+    concurrency: Annotated[int, typer.Option(help="Clients that ask at a time.")] = 6,
+    slice_seconds: Annotated[float, typer.Option(help="Each way's turn.")] = 20.0,
+    fresh_share: Annotated[float, typer.Option(help="With --shape: share of patches that changed.")] = 0.1,
+    engine_python: Annotated[str | None, typer.Option(help="Python of the environment with vLLM.")] = None,
+    json_file: JsonFile = None,
+    markdown: Markdown = None,
+) -> None:
+    """First token under load on vLLM: frames split, whole, and stock LLaVA, in turns."""
+    from backdrop.benchmarks.serving import render_markdown, run_serving
+
+    report = run_serving(
+        None if shape else model,
+        shape,
+        minutes,
+        cameras,
+        concurrency,
+        slice_seconds,
+        fresh_share,
+        engine_python,
+        json_file,
+    )
+    text = render_markdown(report)
+    if markdown is not None:
+        markdown.write_text(text)
+    typer.echo(text)
+
+
 @bench.command(epilog="Example: `backdrop bench matching --references 1000,100000 --json matching.json`")
 def matching(
     references: Annotated[str, typer.Option(help="How many known backgrounds; commas work.")] = "1000",

@@ -4,9 +4,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from PIL import Image
-
-from .images import ImageFetcher, decode_data_url, open_image
+from .images import ImageFetcher, decode_data_url
 from .problems import ApiError
 from .settings import Limits
 
@@ -46,6 +44,8 @@ OURS = {
 }
 ROLES = ("system", "user", "assistant", "tool", "developer")
 MAX_MESSAGES = 1024
+# What a part may have. vLLM reads an image, and its URL, out of a text part that has a uuid.
+PART_FIELDS = {"text": ("type", "text"), "image_url": ("type", "image_url")}
 
 
 @dataclass
@@ -53,7 +53,7 @@ class ChatRequest:
     """A request whose form is right.
 
     Attributes:
-        body: as it came, without the images.
+        body: as it came.
         slots: (message, part) of every image, in order.
         urls: their URLs.
     """
@@ -91,9 +91,16 @@ def read_chat(body: object, limits: Limits, special_tokens: tuple[str, ...], mod
     _check_number(body, "n", limits.choices)
     for name in ("max_tokens", "max_completion_tokens"):
         _check_number(body, name, limits.answer_tokens)
-    bias = body.get("logit_bias")
-    if bias is not None and not isinstance(bias, dict):
-        raise ApiError(400, f"logit_bias is a {type(bias).__name__}; wanted an object", "invalid_body")
+    stream = body.get("stream")
+    if stream is not None and not isinstance(stream, bool):  # an engine takes "no" for false
+        raise ApiError(400, f"stream is {stream!r:.40}; wanted true or false", "invalid_body")
+    for name in _object(body, "stream_options"):
+        if name != "include_usage":
+            raise ApiError(400, f"unknown field stream_options.{name:.80}", "unknown_field")
+    for token in _object(body, "logit_bias"):
+        # " 5" and "05" are 5 to an engine too, and would stand beside the gateway's own "5".
+        if not token.isdecimal() or token != str(int(token[:20])):
+            raise ApiError(400, f"logit_bias has the token {token!r:.40}; wanted an id", "invalid_body")
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "messages is missing or empty; wanted a list", "invalid_body")
@@ -113,10 +120,10 @@ def read_chat(body: object, limits: Limits, special_tokens: tuple[str, ...], mod
     return request
 
 
-async def load_images(
+async def fetch_images(
     request: ChatRequest, limits: Limits, fetcher: ImageFetcher, in_thread: Callable
-) -> list[Image.Image]:
-    """The request's images, decoded in threads.
+) -> list[bytes]:
+    """The request's images as they are encoded.
 
     Args:
         in_thread: runs a function elsewhere and awaits it.
@@ -125,15 +132,17 @@ async def load_images(
         ApiError: 400, 413, 504.
     """
 
-    async def load(url: str) -> Image.Image:
+    async def fetch(url: str) -> bytes:
         if url.startswith("data:"):
-            return await in_thread(
-                lambda: open_image(decode_data_url(url, limits.image_bytes), limits.image_pixels)
-            )
-        data = await fetcher.fetch(url)
-        return await in_thread(open_image, data, limits.image_pixels)
+            return await in_thread(decode_data_url, url, limits.image_bytes)
+        return await fetcher.fetch(url)
 
-    return list(await asyncio.gather(*map(load, request.urls)))
+    tasks = [asyncio.ensure_future(fetch(url)) for url in request.urls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:  # where one failed, the others are for nothing
+            task.cancel()
 
 
 def with_images(request: ChatRequest, parts: list[list[dict]]) -> dict:
@@ -149,6 +158,13 @@ def with_images(request: ChatRequest, parts: list[list[dict]]) -> dict:
             message = message | {"content": new}
         messages.append(message)
     return request.body | {"messages": messages}
+
+
+def _object(body: dict, name: str) -> dict:
+    value = body.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise ApiError(400, f"{name} is a {type(value).__name__}; wanted an object", "invalid_body")
+    return value or {}
 
 
 def _check_number(body: dict, name: str, largest: int) -> None:
@@ -171,30 +187,33 @@ def _read_message(request: ChatRequest, m: int, message: object, special_tokens:
         raise ApiError(
             400, f"{where}.content is a {type(content).__name__}; wanted text or parts", "invalid_body"
         )
+    texts = []
     for p, part in enumerate(content):
         here = f"{where}.content[{p}]"
         kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(kind, str) or kind not in PART_FIELDS:
+            raise ApiError(400, f"{here} has the type {kind!r:.40}; wanted text or image_url", "invalid_body")
+        if part.get("uuid") is not None:
+            raise ApiError(400, f"{here}.uuid cannot be set: the gateway hashes the pixels", "field_refused")
+        for name in part:
+            if name not in PART_FIELDS[kind]:
+                raise ApiError(400, f"unknown field {here}.{name:.80}", "unknown_field")
         if kind == "text":
             if not isinstance(part.get("text"), str):
                 raise ApiError(400, f"{here}.text is missing", "invalid_body")
-            _check_text(here, part["text"], special_tokens)
-        elif kind == "image_url":
+            texts.append(part["text"])
+        else:
             image = part.get("image_url")
             url = image.get("url") if isinstance(image, dict) else image
             if not isinstance(url, str) or not url:
                 raise ApiError(400, f"{here}.image_url has no url", "invalid_body")
-            if part.get("uuid") is not None:
-                raise ApiError(
-                    400, f"{here}.uuid cannot be set: the gateway hashes the pixels", "field_refused"
-                )
             if message["role"] != "user":
                 raise ApiError(
                     400, f"{here} is an image of the {message['role']}; wanted the user's", "invalid_body"
                 )
             request.slots.append((m, p))
             request.urls.append(url)
-        else:
-            raise ApiError(400, f"{here} has the type {kind!r:.40}; wanted text or image_url", "invalid_body")
+    _check_text(where, "".join(texts), special_tokens)  # the template joins them: "<ima", "ge>"
 
 
 def _check_text(where: str, text: str, special_tokens: tuple[str, ...]) -> None:

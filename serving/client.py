@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 
-import numpy as np
 import openai
-from PIL import Image
+from PIL import Image, ImageOps
 
+from backdrop.processing.image_processing_backdrop import _array_to_image, _load_image, _rgb_array
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
 from .frames import FrameSplitter, SplitFrame
@@ -140,15 +140,14 @@ class _Preparation:
 
 
 def _whole_frame(frame) -> dict:
+    """A frame for a gateway, read as a processor reads it; only a URL is left for the gateway to fetch."""
     if isinstance(frame, str) and frame.startswith(("http://", "https://", "data:")):
         return {"type": "image_url", "image_url": {"url": frame}}
-    image = frame if isinstance(frame, Image.Image) else None
-    if image is None:
-        image = (
-            Image.open(frame)
-            if isinstance(frame, str) or hasattr(frame, "__fspath__")
-            else Image.fromarray(np.asarray(frame))
-        )
+    if isinstance(frame, str) or hasattr(frame, "__fspath__"):
+        frame = _load_image(os.fspath(frame))
+    image = ImageOps.exif_transpose(frame) if isinstance(frame, Image.Image) else _array_to_image(frame)
+    if image.mode not in ("RGB", "RGBA"):  # CMYK, float: PNG has no such thing
+        image = Image.fromarray(_rgb_array(image))
     buffer = BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
     return {

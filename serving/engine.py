@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -159,12 +159,11 @@ class Engine:
     _process: asyncio.subprocess.Process | None = None
     _task: asyncio.Task | None = None
     _stopping: bool = False
-    _started: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def start(self) -> None:
-        """Starts it and goes on watching it."""
-        self._task = asyncio.create_task(self._run())
-        await self._started.wait()
+        """Starts it and goes on watching it. Raises `OSError` where there is no such program."""
+        await self._launch()
+        self._task = asyncio.create_task(self._watch())
 
     async def ready(self, seconds: float) -> None:
         """Waits until it answers.
@@ -192,33 +191,36 @@ class Engine:
                 await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
             except asyncio.TimeoutError:
                 self._signal(signal.SIGKILL)
+                await self._process.wait()
         self._signal(signal.SIGKILL)  # workers that outlived their parent
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
-    async def _run(self) -> None:
-        pause = RESTART_SECONDS[0]
-        while not self._stopping:
+    async def _launch(self) -> None:
+        with self.log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *self.settings.command(),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self.settings.environment(),
+                start_new_session=True,  # Ctrl-C is ours to pass on, and its workers end with it
+            )
+
+    async def _watch(self) -> None:
+        first, longest = RESTART_SECONDS
+        pause = first
+        while True:
             began = asyncio.get_running_loop().time()
-            with self.log.open("ab") as log:
-                self._process = await asyncio.create_subprocess_exec(
-                    *self.settings.command(),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env=self.settings.environment(),
-                    start_new_session=True,  # Ctrl-C is ours to pass on, and its workers end with it
-                )
-            self._started.set()
             code = await self._process.wait()
             if self._stopping:
                 return
             self._signal(signal.SIGKILL)
             self.restarts += 1
-            lived = asyncio.get_running_loop().time() - began
-            pause = RESTART_SECONDS[0] if lived > RESTART_SECONDS[1] else min(2 * pause, RESTART_SECONDS[1])
+            if asyncio.get_running_loop().time() - began > longest:
+                pause = first
             logger.error(
                 "the engine at %s ended with %s; started again in %g s (log: %s)",
                 self.settings.url,
@@ -227,6 +229,11 @@ class Engine:
                 self.log,
             )
             await asyncio.sleep(pause)
+            pause = min(2 * pause, longest)
+            try:
+                await self._launch()
+            except OSError as error:  # no memory, no file: perhaps next time
+                logger.error("the engine at %s cannot be started: %s", self.settings.url, error)
 
     def _signal(self, number: int) -> None:
         if self._process is not None:

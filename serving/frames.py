@@ -5,6 +5,7 @@ uuid, knows it again. The engine never compares a uuid with pixels: it must be a
 """
 
 import base64
+import copy
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class FrameSplitter:
     """Splits frames and matches their backgrounds as `processor.enable_background_matching` does. Thread-safe.
 
     Args:
-        processor: the served model's; its matching is switched on, with references of its own.
+        processor: the served model's; it stays as it is: matching is switched on in a copy that shares its detector.
         tolerance: largest staleness that is reused, grey levels; 10 suits cameras, 0 reuses equal pixels only.
         matching: options of `BackgroundMatcher`.
     """
@@ -82,12 +83,17 @@ class FrameSplitter:
     def __init__(
         self, processor: BackdropProcessor | BackdropImageProcessor, tolerance: float = 10.0, **matching
     ):
-        self.processor = getattr(processor, "image_processor", processor)
-        if not isinstance(self.processor, BackdropImageProcessor):
+        images = getattr(processor, "image_processor", processor)
+        if not isinstance(images, BackdropImageProcessor):
             raise TypeError(
                 f"processor is a {type(self.processor).__name__}; wanted a Backdrop processor "
                 "(BackdropProcessor.from_pretrained)."
             )
+        # A processor has one matcher: two splitters of the same processor would take each other's away.
+        self.processor = copy.copy(images)
+        self.processor._live = copy.copy(images._live)
+        self.processor._live.detector = images._live.detector
+        self.processor._live.detector_key = images._live.detector_key
         self.matcher = self.processor.enable_background_matching(tolerance, **matching)
         self._encoded: OrderedDict[str, bytes] = OrderedDict()
         self._lock = threading.Lock()

@@ -7,7 +7,7 @@ import ipaddress
 import socket
 from collections.abc import Awaitable, Callable
 from io import BytesIO
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 import httpx
 from PIL import Image, UnidentifiedImageError
@@ -17,6 +17,9 @@ from .problems import ApiError
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_REDIRECTS = 3
 Resolver = Callable[[str, int], Awaitable[list[str]]]
+
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all that is given out of IPv6
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def decode_data_url(url: str, max_bytes: int) -> bytes:
@@ -30,11 +33,10 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
         raise ApiError(
             400, f"an image's data: URL begins {head[:40]!r}; wanted data:image/...;base64,", "invalid_image"
         )
-    if len(text) > (max_bytes + 2) // 3 * 4 + 4:
+    size = len(text) // 4 * 3 - text[-2:].count("=")
+    if size > max_bytes:
         raise ApiError(
-            413,
-            f"an image has about {len(text) * 3 // 4:,} bytes; wanted at most {max_bytes:,}",
-            "image_too_large",
+            413, f"an image has {size:,} bytes; wanted at most {max_bytes:,}", "image_too_large"
         )
     try:
         return base64.b64decode(text, validate=True)
@@ -95,7 +97,14 @@ class ImageFetcher:
     ):
         self.hosts, self.seconds, self.max_bytes = [host.lower() for host in hosts], seconds, max_bytes
         self._resolve = resolver or _system_addresses
-        self._client = httpx.AsyncClient(follow_redirects=False, trust_env=False, transport=transport)
+        # No connection is kept: it would be found again by its address, where TLS was checked for another name.
+        self._client = httpx.AsyncClient(
+            follow_redirects=False,
+            trust_env=False,
+            transport=transport,
+            timeout=None,  # `fetch` has one for everything
+            limits=httpx.Limits(max_keepalive_connections=0),
+        )
 
     async def fetch(self, url: str) -> bytes:
         """The body of a URL.
@@ -113,33 +122,36 @@ class ImageFetcher:
     async def _fetch(self, url: str) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
             host, port, address = await self._checked(url)
-            request = self._request(url, host, port, address)
             try:
-                response = await self._client.send(request, stream=True)
-            except httpx.HTTPError as error:
+                found = await self._get(self._request(url, host, port, address), host)
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
                 raise ApiError(
                     400,
                     f"the image at host {host!r} cannot be fetched: {type(error).__name__}",
                     "image_not_fetched",
                 ) from None
-            try:
-                if response.is_redirect:
-                    url = urljoin(url, response.headers["location"])
-                    continue
-                if response.status_code != 200:
-                    raise ApiError(
-                        400,
-                        f"host {host!r} answered {response.status_code} for an image",
-                        "image_not_fetched",
-                    )
-                return await self._bounded(response)
-            finally:
-                await response.aclose()
+            if isinstance(found, bytes):
+                return found
+            url = _joined(url, found)
         raise ApiError(400, f"an image's URL redirects more than {MAX_REDIRECTS} times", "image_not_fetched")
+
+    async def _get(self, request: httpx.Request, host: str) -> bytes | str:
+        """The body, or where a redirect leads."""
+        response = await self._client.send(request, stream=True)
+        try:
+            if response.has_redirect_location:
+                return response.headers["location"]
+            if response.status_code != 200:
+                raise ApiError(
+                    400, f"host {host!r} answered {response.status_code} for an image", "image_not_fetched"
+                )
+            return await self._bounded(response)
+        finally:
+            await response.aclose()
 
     async def _bounded(self, response: httpx.Response) -> bytes:
         parts, size = [], 0
-        async for part in response.aiter_bytes():
+        async for part in response.aiter_raw():  # as it came: a few bytes of gzip unpack to anything
             size += len(part)
             if size > self.max_bytes:
                 raise ApiError(413, f"an image has more than {self.max_bytes:,} bytes", "image_too_large")
@@ -151,8 +163,9 @@ class ImageFetcher:
         try:
             parts = urlsplit(url)
             host, port = (parts.hostname or "").lower().rstrip("."), parts.port
+            url.encode()
         except ValueError:
-            raise ApiError(400, f"an image's URL {url[:80]!r} cannot be read", "url_refused") from None
+            raise _unreadable(url) from None
         if parts.scheme not in ("http", "https") or not host:
             raise ApiError(
                 400,
@@ -161,7 +174,8 @@ class ImageFetcher:
             )
         if parts.username is not None or parts.password is not None:
             raise ApiError(400, "an image's URL carries a user name; wanted none", "url_refused")
-        if not any(
+        # An international name's ASCII form is allowed, and asked for, instead.
+        if not host.isascii() or not any(
             host == known or (known.startswith("*.") and host.endswith(known[1:])) for known in self.hosts
         ):
             allowed = ", ".join(self.hosts) or "none: send images as data: URLs"
@@ -173,7 +187,7 @@ class ImageFetcher:
             raise ApiError(400, f"an image's URL names port {port}; wanted {default}", "url_refused")
         try:
             addresses = await self._resolve(host, default)
-        except OSError:
+        except (OSError, UnicodeError):  # a name that no DNS can have, too
             raise ApiError(400, f"the image's host {host!r} has no address", "image_not_fetched") from None
         if not addresses or not all(map(is_public, addresses)):
             raise ApiError(
@@ -187,8 +201,7 @@ class ImageFetcher:
             scheme=parts.scheme,
             host=address,
             port=port,
-            raw_path=(parts.path or "/").encode("utf-8", "ignore")
-            + (b"?" + parts.query.encode() if parts.query else b""),
+            raw_path=_quoted(parts.path or "/") + (b"?" + _quoted(parts.query) if parts.query else b""),
         )
         return self._client.build_request(
             "GET",
@@ -196,7 +209,6 @@ class ImageFetcher:
             headers={"Host": host, "Accept": "image/*", "Accept-Encoding": "identity"},
             # TLS is checked against the name, not the address.
             extensions={"sni_hostname": host},
-            timeout=self.seconds,
         )
 
     async def aclose(self) -> None:
@@ -212,10 +224,27 @@ def is_public(address: str) -> bool:
         return False
     embedded = [ip]
     if ip.version == 6:
-        embedded += [part for part in (ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())) if part is not None]
-        if ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64
+        if ip not in GLOBAL_UNICAST and ip not in NAT64:  # mapped and site-local ones; not all are known to Python
+            return False
+        embedded += [part for part in (ip.sixtofour, *(ip.teredo or ())) if part is not None]
+        if ip in NAT64:
             embedded.append(ipaddress.ip_address(int(ip) & 0xFFFFFFFF))
     return all(part.is_global and not part.is_multicast for part in embedded)
+
+
+def _joined(url: str, location: str) -> str:
+    try:
+        return urljoin(url, location)
+    except ValueError:
+        raise _unreadable(location) from None
+
+
+def _unreadable(url: str) -> ApiError:
+    return ApiError(400, f"an image's URL {url[:80]!r} cannot be read", "url_refused")
+
+
+def _quoted(text: str) -> bytes:
+    return quote(text, safe="/%:@!$&'()*+,;=?~").encode()
 
 
 async def _system_addresses(host: str, port: int) -> list[str]:

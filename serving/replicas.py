@@ -58,7 +58,7 @@ class Replicas:
         self.replicas = [Replica(url) for url in urls]
         self._client, self._probe, self._seconds = client, probe, seconds
         self._on_change = on_change or (lambda replica: None)
-        self._task: asyncio.Task | None = None
+        self._tasks: list[asyncio.Task] = []
 
     def ranked(self, key: str) -> list[Replica]:
         """All replicas, the one that a key belongs to first; those that are down last."""
@@ -88,24 +88,25 @@ class Replicas:
     async def start(self) -> None:
         """Looks at every replica once, then goes on looking."""
         await self.look()
-        self._task = asyncio.create_task(self._watch())
+        # Each by itself: one that hangs must not keep us from seeing that another is back.
+        self._tasks = [asyncio.create_task(self._watch(replica)) for replica in self.replicas]
 
     async def stop(self) -> None:
         """Stops looking."""
-        if self._task is not None:
-            self._task.cancel()
+        for task in self._tasks:
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+                await task
 
     async def look(self) -> None:
         """Asks all replicas for their health."""
         await asyncio.gather(*(self._look_at(replica) for replica in self.replicas))
 
-    async def _watch(self) -> None:
+    async def _watch(self, replica: Replica) -> None:
         while True:
             await asyncio.sleep(self._seconds)
             try:
-                await self.look()
+                await self._look_at(replica)
             except Exception:  # a look that fails must not end the looking
                 logger.exception("health check")
 

@@ -113,24 +113,28 @@ def load_settings(path: str | Path, **changes) -> GatewaySettings:
 
     Raises:
         ValueError: names the file, the key and what was wanted.
+        OSError: the file cannot be read.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; wanted keys and values.")
+    values = {str(name): value for name, value in values.items()}
     return make_settings(str(path), **{**values, **{k: v for k, v in changes.items() if v is not None}})
 
 
-def make_settings(source: str = "settings", **values) -> GatewaySettings:
+def make_settings(source: str = "settings", /, **values) -> GatewaySettings:
     """As the class, with the first error as one line."""
     try:
         return GatewaySettings(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "keys"
-        raise ValueError(f"{source}: {where}: {first['msg']} (found {first['input']!r})") from error
+        where = ".".join(map(str, first["loc"]))
+        # What is found where something is missing is everything else, the secret too.
+        found = "" if first["type"] == "missing" else f" (found {first['input']!r:.200})"
+        raise ValueError(f"{source}: {where}: {first['msg'].removeprefix('Value error, ')}{found}") from error
 
 
 def hash_key(key: str) -> str:

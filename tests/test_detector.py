@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -255,6 +256,9 @@ class TestFiles:
         detector = tiny[task]
         assert detector.save(tmp_path) == ["detector.safetensors", "detector.json"]
         assert sorted(path.name for path in tmp_path.iterdir()) == ["detector.json", "detector.safetensors"]
+        # vLLM reads every *.safetensors of a folder: the model class names these keys as none of its own.
+        stored = safetensors.torch.load_file(tmp_path / "detector.safetensors")
+        assert all(key.startswith("detector.") for key in stored)
         again = ObjectDetector.from_folder(tmp_path)
         assert (again.task, again.stride, again.names) == (task, 32, detector.names)
         assert detector.source == f"tiny-{task}.yaml"
@@ -269,6 +273,23 @@ class TestFiles:
         again.save(tmp_path / "again")
         for name in ("detector.json", "detector.safetensors"):
             assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+    def test_a_copy_is_whole_and_older_files_are_brought_up_to_date(self, tiny, tmp_path):
+        detector = tiny["detect"]
+        detector.save(tmp_path / "new")
+        (tmp_path / "old").mkdir()
+        state = safetensors.torch.load_file(tmp_path / "new" / "detector.safetensors")
+        bare = {key.removeprefix("detector."): value for key, value in state.items()}
+        safetensors.torch.save_file(bare, tmp_path / "old" / "detector.safetensors")
+        os.replace(tmp_path / "new" / "detector.json", tmp_path / "old" / "detector.json")
+        again = ObjectDetector.from_folder(tmp_path / "old")
+        assert again._state.keys() == detector._state.keys()
+        assert ObjectDetector.copy(tmp_path / "old", tmp_path / "new") == [
+            "detector.safetensors",
+            "detector.json",
+        ]
+        copied = safetensors.torch.load_file(tmp_path / "new" / "detector.safetensors")
+        assert copied.keys() == state.keys() and all(torch.equal(copied[key], state[key]) for key in state)
 
     def test_no_pickle_and_no_path_is_written(self, tiny, tmp_path):
         tiny["detect"].save(tmp_path)

@@ -418,3 +418,17 @@ def test_sixteen_threads_of_sixteen_tenants_never_meet():
         thread.join()
     stats = matcher.stats()
     assert not wrong and stats["matches"] + stats["misses"] == 480 and stats["references"] <= 40
+
+
+def test_a_namespace_can_be_forgotten_by_itself():
+    matcher = BackgroundMatcher(14, 2)
+    for name in ("a", "b"):
+        with matcher.scope(namespace=name):
+            matcher.miss(flat(56, 100), WHOLE)
+            assert matcher.match(flat(56, 101)) is not None  # a tracker too
+    matcher.clear("a")
+    with matcher.scope(namespace="a"):
+        assert matcher.match(flat(56, 100)) is None
+    with matcher.scope(namespace="b"):
+        assert matcher.match(flat(56, 100)) is not None
+    assert matcher.stats()["references"] == 1

@@ -5,9 +5,9 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import CLIPVisionModel, Dinov2Model, SiglipVisionModel
+from transformers import CLIPVisionModel, Dinov2Model, Qwen2Config, SiglipVisionModel
 
-from backdrop.hub_export.convert import extend_model
+from backdrop.hub_export.convert import extend_model, fold_prefusion
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.grouped_vision_backdrop import encode_groups, plan_rows
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration, BackdropModel
@@ -532,3 +532,52 @@ def test_unmasked_attention_sees_the_whole_group_image_and_still_caches():
             again = model.model.get_image_features(pixels, mask, kinds).pooler_output
             assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(again, found, strict=True))
     assert model.background_cache.stats()["vision_tokens_reused"] > 0
+
+
+# ---- serving: prefusion as decoder layers
+
+
+@pytest.mark.parametrize("text", ["llama", "qwen2"])
+def test_folded_prefusion_is_the_same_function(text):
+    changes = {}
+    if text == "qwen2":  # has layer_types
+        values = {
+            n: v
+            for n, v in tiny.text_config().to_diff_dict().items()
+            if n not in ("model_type", "architectures")
+        }
+        changes = {"text_config": Qwen2Config(**values)}
+    model = trained_prefusion(tiny.backdrop_model(num_prefusion_layers=2, **changes))
+    inputs = batch(model)
+    place = positions(inputs["attention_mask"])
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        before = model(**inputs, position_ids=place).logits
+        tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        fold_prefusion(model)
+        torch.testing.assert_close(model(**inputs, position_ids=place).logits[real], before[real])
+        assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), tokens)
+    assert model.config.num_prefusion_layers == 0 and not hasattr(model.model, "prefusion")
+    # What is saved is a plain model of as many layers.
+    again = BackdropForConditionalGeneration(BackdropConfig.from_dict(model.config.to_dict())).eval()
+    again.load_state_dict(model.state_dict())
+    assert len(again.model.language_model.layers) == 4
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs, position_ids=place).logits[real], before[real])
+
+
+def test_prefusion_without_positions_cannot_be_folded():
+    with pytest.raises(ValueError, match="no positions"):
+        fold_prefusion(tiny.backdrop_model(num_prefusion_layers=1, prefusion_rotary=False))
+    fold_prefusion(tiny.backdrop_model())  # nothing to do
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [({"num_prefusion_layers": 1}, "--fold-prefusion"), ({"raster_order": True}, "raster_order")],
+)
+def test_what_vllm_cannot_run_is_refused_when_it_builds_the_model(changes, named):
+    config = tiny.backdrop_config(separators=False, tower="siglip", **changes)
+    config.text_config._attn_implementation = "vllm"
+    with pytest.raises(ValueError, match=named):
+        BackdropModel(config)

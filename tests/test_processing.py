@@ -5,6 +5,7 @@ import copy
 import http.server
 import io
 import pickle
+import sys
 import threading
 
 import numpy as np
@@ -240,6 +241,20 @@ def test_without_a_detector_an_image_is_an_error_and_a_group_is_not(image_proces
     group = groups_of(image_processor, scene())[0]
     assert bare(group, return_tensors="pt")["pixel_values"].shape[0] == 1
     assert bare(scene(), split=False, return_tensors="pt")["patch_mask"].all()
+
+
+def test_inside_vllm_an_ordinary_image_is_one_group(processor, monkeypatch):
+    text = "<image>\nwhat is shown?"
+    assert len(processor(scene(), text, return_tensors="pt")["group_kind"]) == 2
+    monkeypatch.setitem(sys.modules, "vllm", object())
+    assert processor(scene(), text, return_tensors="pt")["group_kind"].tolist() == [BACKGROUND]
+    assert len(processor(scene(), text, split=True, return_tensors="pt")["group_kind"]) == 2
+    groups = groups_of(processor.image_processor, scene())  # taken as they stand
+    assert processor(groups, "<image><image>", return_tensors="pt")["group_kind"].tolist() == [
+        BACKGROUND,
+        OBJECT,
+    ]
+    assert "pixel_values" not in processor(text="what is shown?")
 
 
 # ---- contract 1: an image and its own groups are the same thing

@@ -10,6 +10,7 @@ and the questions: same scenes, steps and sizes for both. A run that was cut off
 import argparse
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,23 +53,21 @@ class Size:
 
 SIZES = {
     "full": Size(3000, 8, 8000, 1000, 10_000, (900, 400, 800, 900), 3800),
-    "reduced": Size(1500, 6, 4000, 700, 5000, (500, 200, 400, 400), 1000),
+    "reduced": Size(1200, 6, 4000, 700, 4000, (450, 150, 350, 350), 800),
     "miniature": Size(64, 1, 64, 4, 64, (4, 2, 2, 2), 8),
 }
 
 
-def make(work: Path, seed: int, size: Size, detector: Path | None = None) -> tuple[Path, Path]:
+def make(work: Path, seed: int, size: Size, detector: Path | None = None, jobs: int = 1) -> tuple[Path, Path]:
     """Trains both models; their folders, the LLaVA form first.
 
     Args:
         detector: a model folder whose detector is taken instead of training one.
+        jobs: 2 trains both forms at a time.
     """
     base = _base(work, seed, size, detector)
-    models = []
-    for recipes, shares, hard_shares, name in (
-        (LLAVA, WHOLE, WHOLE, "whole"),
-        (GROUPS, {}, HARD_SHARES, "split"),
-    ):
+
+    def train(recipes: tuple[str, ...], shares: dict, hard_shares: dict, name: str) -> Path:
         rows = _rows(work, seed, size, base, shares, f"{name}_1")
         placed = _rows(work, seed + 1, size, base, shares | PLACED, f"{name}_3")
         hard = _rows(work, seed + 2, size, base, hard_shares | HARD, f"{name}_4")
@@ -78,8 +77,12 @@ def make(work: Path, seed: int, size: Size, detector: Path | None = None) -> tup
             recipe |= {"dataset": str(data), "max_steps": steps, "seed": recipe["seed"] + 1000 * seed}
             recipe["warmup_steps"] = min(recipe["warmup_steps"], steps // 4)
             start = train_stage(recipe, start, work / recipe_name)
-        models.append(start)
-    return models[0], models[1]
+        return start
+
+    with ThreadPoolExecutor(jobs) as pool:  # the work itself is done by child processes
+        llava = pool.submit(train, LLAVA, WHOLE, WHOLE, "whole")
+        groups = pool.submit(train, GROUPS, {}, HARD_SHARES, "split")
+        return llava.result(), groups.result()
 
 
 def _base(work: Path, seed: int, size: Size, detector: Path | None) -> Path:
@@ -164,9 +167,10 @@ def main() -> None:
     parser.add_argument(
         "--detector-of", type=Path, help="a model folder whose detector is taken instead of training one"
     )
+    parser.add_argument("--jobs", type=int, default=1, choices=(1, 2), help="2: both forms at a time")
     options = parser.parse_args()
     size = SIZES[options.size]
-    llava, groups = make(options.work, options.seed, size, options.detector_of)
+    llava, groups = make(options.work, options.seed, size, options.detector_of, options.jobs)
     sources = {"llava": str(llava), "model": str(groups)}
     report = run_scenes(
         {name: load(source, "cpu") for name, source in sources.items()},
