@@ -203,7 +203,7 @@ def _servers(
     first = EngineSettings(model=str(backdrop), port=engine, **common)
     second = EngineSettings(model=str(llava), port=stock, **common)
     environment = {**first.environment(), "HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    gateway = [sys.executable, "-m", "backdrop.cli", "serve", str(backdrop), "--replica", first.url, "--port"]
+    gateway = [sys.executable, "-m", "backdrop", "serve", str(backdrop), "--replica", first.url, "--port"]
     commands = {
         "engine": first.command(),
         "stock": [word for word in second.command() if word not in ("--trust-remote-code",)],

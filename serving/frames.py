@@ -86,7 +86,7 @@ class FrameSplitter:
         images = getattr(processor, "image_processor", processor)
         if not isinstance(images, BackdropImageProcessor):
             raise TypeError(
-                f"processor is a {type(self.processor).__name__}; wanted a Backdrop processor "
+                f"processor is a {type(images).__name__}; wanted a Backdrop processor "
                 "(BackdropProcessor.from_pretrained)."
             )
         # A processor has one matcher: two splitters of the same processor would take each other's away.

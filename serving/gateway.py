@@ -27,10 +27,10 @@ from starlette.routing import Route
 
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
-from .chat import ChatRequest, load_images, read_chat, with_images
+from .chat import ChatRequest, fetch_images, read_chat, with_images
 from .client import GATEWAY_MARK
 from .frames import FrameSplitter, SplitFrame
-from .images import ImageFetcher
+from .images import ImageFetcher, open_image
 from .metrics import GatewayMetrics
 from .problems import ApiError
 from .prompts import engine_probe, suppressed_tokens
@@ -40,6 +40,8 @@ from .settings import GatewaySettings, Limits, Tenants
 logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 5.0
+# Shorter than a server's own (uvicorn: 5): a request on a connection that is just being closed would look like a death.
+KEEPALIVE_SECONDS = 3.0
 # What a replica answers when it cannot work; the request is sent to the next one.
 REPLICA_FAILURES = (500, 502, 503, 504)
 
@@ -51,15 +53,6 @@ class Admission:
         self._limits, self._metrics = limits, metrics
         self._places = asyncio.Semaphore(limits.concurrent)
         self._waiting = 0
-
-    @contextlib.asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """Held while a request is in work."""
-        await self.take()
-        try:
-            yield
-        finally:
-            self.free()
 
     async def take(self) -> None:
         """Waits for a place. Raises `ApiError` 429."""
@@ -115,11 +108,17 @@ class Gateway:
             transport=upstream,
             trust_env=False,
             timeout=httpx.Timeout(limits.first_token_seconds, connect=CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=limits.concurrent),
+            limits=httpx.Limits(
+                max_connections=None,
+                max_keepalive_connections=limits.concurrent,
+                keepalive_expiry=KEEPALIVE_SECONDS,
+            ),
         )
         self.replicas = Replicas(
             settings.replicas, self.client, self._probe, settings.health_seconds, self._replica_changed
         )
+        for replica in self.replicas.replicas:  # one that never comes up is seen too
+            self._replica_changed(replica)
         self.splitter: FrameSplitter | None = None
         self.model: str | None = None
         self._names: dict[str, str] = {}  # replica -> the model's name there
@@ -144,18 +143,16 @@ class Gateway:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         self._admission = Admission(self.settings.limits, self.metrics)
-        if self.processor is None:
-            source = self.settings.processor or await self._engine_source()
-            self.processor = await self._in_thread(BackdropProcessor.from_pretrained, source)
-        matching = self.settings.matching
-        self.splitter = FrameSplitter(self.processor, **matching.model_dump())
-        if self.settings.split:
-            # The detector is loaded now, not by the first request.
-            await self._in_thread(
-                self.processor.image_processor._detector, self.processor.image_processor._with_defaults({})
-            )
-        await self.replicas.start()
         try:
+            if self.processor is None:
+                source = self.settings.processor or await self._engine_source()
+                self.processor = await self._in_thread(BackdropProcessor.from_pretrained, source)
+            self.splitter = FrameSplitter(self.processor, **self.settings.matching.model_dump())
+            if self.settings.split:
+                # The detector is loaded now, not by the first request.
+                images = self.splitter.processor
+                await self._in_thread(images._detector, images._with_defaults({}))
+            await self.replicas.start()
             yield
         finally:
             await self.replicas.stop()
@@ -165,7 +162,7 @@ class Gateway:
 
     async def _engine_source(self) -> str:
         for url in self.settings.replicas:
-            with contextlib.suppress(httpx.HTTPError, KeyError, IndexError, ValueError):
+            with contextlib.suppress(httpx.HTTPError, LookupError, TypeError, ValueError):
                 return (await self.client.get(f"{url}/v1/models")).json()["data"][0]["root"]
         raise ValueError(
             "no replica says where its model is; set `processor` to the served model's folder or Hub id."
@@ -177,7 +174,8 @@ class Gateway:
         name = answer["data"][0]["id"]
         body, check = engine_probe(self.processor, self.splitter, name)
         found = await self.client.post(f"{replica.url}/v1/chat/completions", json=body)
-        found.raise_for_status()
+        if found.status_code != 200:
+            raise ValueError(f"the engine answers a patch group with {found.status_code}: {found.text[:200]}")
         check(found.json()["usage"]["prompt_tokens"])
         self._names[replica.url] = name
         self.model = self.model or name
@@ -254,7 +252,7 @@ class Gateway:
         del data
         body, route = await self._prepare(chat, tenant, request)
         if chat.streams:
-            return await self._stream(chat, body, route, started, place)
+            return await self._stream(request, chat, body, route, started, place)
         answer = await _unless_gone(request, self._send(body, route))
         self.metrics.first_token.observe(time.perf_counter() - started)
         if answer.status_code == 200:
@@ -273,149 +271,187 @@ class Gateway:
         )
         return read_chat(body, self.settings.limits, tuple(dict.fromkeys(special)), self.model)
 
-    async def _prepare(self, chat: ChatRequest, tenant: str, request: Request) -> tuple[dict, str | None]:
-        """The body for an engine, and the key that says which replica it belongs to."""
+    async def _prepare(self, chat: ChatRequest, tenant: str, request: Request) -> tuple[bytes, str | None]:
+        """The body for an engine but for the model's name, and the key that says which replica it belongs to."""
         started = time.perf_counter()
         mark = self.tenants.mark(tenant)
         frames: list[SplitFrame] = []
         if chat.urls:
-            loading = load_images(chat, self.settings.limits, self.fetcher, self._in_thread)
-            images = await _unless_gone(request, loading)
-            for image in images:
-                frames.append(
-                    await self._in_thread(
-                        self.splitter.split, image, mark, self.settings.split, self.settings.split
-                    )
-                )
+            fetching = fetch_images(chat, self.settings.limits, self.fetcher, self._in_thread)
+            for data in await _unless_gone(request, fetching):
+                frames.append(await self._in_thread(self._split, data, mark))
             self.metrics.split.observe(time.perf_counter() - started)
             self._count_frames(frames)
-        parts = await self._in_thread(
-            lambda: [[item.part(f"{mark}-") for item in frame.items] for frame in frames]
-        )
+        body = await self._in_thread(self._body, chat, frames, mark)
+        background = next((frame.background for frame in frames if frame.background is not None), None)
+        return body, None if background is None else mark + background.key
+
+    def _split(self, data: bytes, mark: str) -> SplitFrame:
+        # Decoded one at a time, and forgotten: a megabyte of a request can hold a gigabyte of pixels.
+        image = open_image(data, self.settings.limits.image_pixels)
+        try:
+            return self.splitter.split(image, mark, self.settings.split, self.settings.split)
+        except (ValueError, AttributeError, RecursionError) as error:  # a patch group that is none
+            raise ApiError(400, f"an image cannot be split: {error}", "invalid_image") from None
+
+    def _body(self, chat: ChatRequest, frames: list[SplitFrame], mark: str) -> bytes:
+        parts = [[item.part(f"{mark}-") for item in frame.items] for frame in frames]
         body = with_images(chat, parts) | {"cache_salt": mark}
         body["logit_bias"] = (chat.body.get("logit_bias") or {}) | suppressed_tokens(self.processor)
         if chat.streams:
             # For our own count; the client gets it if it asked.
-            body["stream_options"] = (chat.body.get("stream_options") or {}) | {"include_usage": True}
-        background = next((frame.background for frame in frames if frame.background is not None), None)
-        return body, None if background is None else mark + background.key
+            body["stream_options"] = {"include_usage": True}
+        body.pop("model", None)
+        try:
+            return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        except (ValueError, RecursionError) as error:  # NaN, half a surrogate pair
+            raise ApiError(400, f"the body holds what JSON does not: {error}", "invalid_body") from None
 
     def _route(self, key: str | None) -> list[Replica]:
         return self.replicas.least_busy() if key is None else self.replicas.ranked(key)
 
-    async def _send(self, body: dict, key: str | None) -> httpx.Response:
+    async def _send(self, body: bytes, key: str | None) -> httpx.Response:
         """The answer of the first replica that gives one."""
-        async with self._working_replica(body, key, stream=False) as response:
-            return response
+        try:
+            async with self._working_replica(body, key, set(), stream=False) as response:
+                return response
+        except httpx.ReadTimeout:
+            raise self._no_answer() from None
 
     @contextlib.asynccontextmanager
     async def _working_replica(
-        self, body: dict, key: str | None, stream: bool
+        self, body: bytes, key: str | None, tried: set[str], stream: bool
     ) -> AsyncIterator[httpx.Response]:
-        """The response of the first replica in rank that answers: read, or, streaming, begun."""
+        """The response of the first replica in rank that answers: read, or, streaming, begun.
+
+        Args:
+            tried: those asked before, which are passed over; grows.
+
+        Raises:
+            ApiError: 502, none is left.
+            httpx.ReadTimeout: one is silent; it may have much to do, so no other is asked.
+        """
         reasons = []
-        for attempt, replica in enumerate(self._route(key)):
-            if not replica.up:
+        for replica in self._route(key):
+            if not replica.up or replica.url in tried:
                 continue
-            if attempt:
+            if tried:
                 self.metrics.retries.inc()
-            sent = body | {"model": self._names[replica.url]}
+            tried.add(replica.url)
+            name = json.dumps(self._names[replica.url]).encode()
+            call = self.client.build_request(
+                "POST",
+                f"{replica.url}/v1/chat/completions",
+                content=b'{"model":' + name + b"," + body[1:],
+                headers={"Content-Type": "application/json"},
+            )
             replica.in_flight += 1
             try:
-                call = self.client.build_request("POST", f"{replica.url}/v1/chat/completions", json=sent)
                 try:
                     response = await self.client.send(call, stream=stream)
                 except httpx.ReadTimeout:
-                    seconds = self.settings.limits.first_token_seconds
-                    raise ApiError(
-                        504, f"no answer from the engine within {seconds:g} s", "engine_timeout"
-                    ) from None
+                    raise
                 except httpx.HTTPError as error:
-                    reasons.append(self._failed(replica, type(error).__name__))
+                    self._lost(replica, error)
+                    reasons.append(type(error).__name__)
                     continue
                 if response.status_code in REPLICA_FAILURES:
+                    # Perhaps the request's fault, which must not take all replicas from everybody: /health will tell.
                     await response.aclose()
-                    reasons.append(self._failed(replica, f"status {response.status_code}"))
+                    self.metrics.replica_errors.labels(replica.url).inc()
+                    reasons.append(f"status {response.status_code}")
                     continue
                 try:
                     yield response
+                except httpx.ReadTimeout:
+                    raise
+                except httpx.HTTPError as error:
+                    self._lost(replica, error)
+                    raise
                 finally:
                     await response.aclose()
                 return
             finally:
                 replica.in_flight -= 1
-        why = "; ".join(reasons) or "none is up"
+        why = "; ".join(reasons) or ("none is left" if tried else "none is up")
         raise ApiError(502, f"no replica could answer: {why}", "no_replica", self.settings.health_seconds)
 
-    def _failed(self, replica: Replica, reason: str) -> str:
+    def _lost(self, replica: Replica, error: httpx.HTTPError) -> None:
         self.metrics.replica_errors.labels(replica.url).inc()
-        self.replicas.down(replica, reason)
-        return reason
+        self.replicas.down(replica, type(error).__name__)
 
-    async def _stream(self, chat, body, key, started, place) -> Response:
+    def _no_answer(self) -> ApiError:
+        seconds = self.settings.limits.first_token_seconds
+        return ApiError(504, f"no answer from the engine within {seconds:g} s", "engine_timeout")
+
+    async def _stream(self, request, chat, body, key, started, place) -> Response:
         """The answer as server-sent events; a replica that fails before the first one is replaced unnoticed."""
         shows_usage = bool((chat.body.get("stream_options") or {}).get("include_usage"))
-        lines, first = None, None
+        tried: set[str] = set()
+        first = None
         while first is None:
-            lines = self._lines(body, key)
+            lines = self._lines(body, key, tried)
             try:
-                first = await anext(lines)
+                first = await _unless_gone(request, anext(lines))
+            except httpx.ReadTimeout:
+                raise self._no_answer() from None
             except httpx.HTTPError:
                 continue  # its replica is down now
             except StopAsyncIteration:
                 raise ApiError(502, "the engine ended its answer before it began", "engine_failed") from None
         if isinstance(first, httpx.Response):
+            await lines.aclose()
             place.close()
             return Response(first.content, first.status_code, media_type="application/json")
 
         async def events() -> AsyncIterator[bytes]:
             self.metrics.first_token.observe(time.perf_counter() - started)
-            line = first
+            line, last, reason = first, b"", "it ended"
             try:
                 while True:
-                    if line.startswith("data: {") and self._is_usage(line) and not shows_usage:
-                        line = await anext(lines)
-                        continue
-                    if line:
-                        yield line.encode() + b"\n\n"
+                    last = line
+                    if not self._is_usage(line) or shows_usage:
+                        yield line + b"\n\n"
                     line = await anext(lines)
             except StopAsyncIteration:
                 pass
             except httpx.HTTPError as error:
-                problem = ApiError(
-                    502, f"the engine was lost during the answer ({type(error).__name__})", "engine_lost"
-                )
-                yield b"data: " + json.dumps(problem.body()).encode() + b"\n\n"
+                reason = type(error).__name__
             finally:
                 await lines.aclose()
+            if last != b"data: [DONE]":
+                problem = ApiError(502, f"the engine was lost during the answer ({reason})", "engine_lost")
+                yield b"data: " + json.dumps(problem.body()).encode() + b"\n\n"
 
         return _Events(events(), lines, place)
 
-    async def _lines(self, body: dict, key: str | None) -> AsyncIterator[str | httpx.Response]:
+    async def _lines(
+        self, body: bytes, key: str | None, tried: set[str]
+    ) -> AsyncIterator[bytes | httpx.Response]:
         """Lines of a streamed answer; or one response, read, where the engine refused."""
-        async with self._working_replica(body, key, stream=True) as response:
+        async with self._working_replica(body, key, tried, stream=True) as response:
             if response.status_code != 200:
                 await response.aread()
                 yield response
                 return
-            try:
-                async for line in response.aiter_lines():
-                    yield line
-            except httpx.HTTPError as error:
-                url = str(response.request.url)
-                for replica in self.replicas.replicas:
-                    if url.startswith(replica.url + "/"):
-                        self._failed(replica, type(error).__name__)
-                raise
+            rest = b""
+            async for part in response.aiter_bytes():
+                # httpx's own lines end at U+2028 and the like too, which stand in answers.
+                *lines, rest = (rest + part).split(b"\n")
+                for line in lines:
+                    if line := line.rstrip(b"\r"):
+                        yield line
+            if rest:
+                yield rest
 
     # ---- helpers
 
-    def _is_usage(self, line: str) -> bool:
+    def _is_usage(self, line: bytes) -> bool:
         """Whether a line carries the usage and nothing else; counts it."""
-        if '"usage"' not in line:
+        if not line.startswith(b"data: {") or b'"usage"' not in line:
             return False
         with contextlib.suppress(ValueError):
-            chunk = json.loads(line[len("data: ") :])
+            chunk = json.loads(line[len(b"data: ") :])
             if chunk.get("usage"):
                 self._count_usage(chunk["usage"])
                 return not chunk.get("choices")

@@ -35,13 +35,14 @@ def test_the_accuracy_table_in_miniature(tmp_path):
         assert overall["questions"] > 0 and name in table
     for name in ("split", "cached", "exact", "matched"):
         assert report["forms"][name]["differences"]["llava"]["overall"]["questions"] == 24
-    for stage in ("scenes_llava_4", "scenes_4"):
+    for stage in ("scenes_llava_4", "scenes_split"):
         note = json.loads((tmp_path / "work" / stage / "model" / "backdrop_stage.json").read_text())
-        assert note["stage"] == stage and note["start"]["stage"] == stage[:-1] + "3"
+        assert note["stage"] == stage and note["start"]["stage"] == "scenes_llava_3"
         assert (tmp_path / "work" / stage / "model" / "trainable.json").is_file()
     # Done once: nothing of the chain runs again.
-    before = (tmp_path / "work" / "scenes_4" / "done.json").stat().st_mtime_ns
+    before = (tmp_path / "work" / "scenes_split" / "done.json").stat().st_mtime_ns
     again = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert (
-        again.returncode == 0 and (tmp_path / "work" / "scenes_4" / "done.json").stat().st_mtime_ns == before
+        again.returncode == 0
+        and (tmp_path / "work" / "scenes_split" / "done.json").stat().st_mtime_ns == before
     )

@@ -3,8 +3,9 @@
     python -m backdrop.train.small_model --work runs/scenes --report docs/scenes-accuracy.json
     python -m backdrop.train.small_model --work runs/seed1 --seed 1 --size reduced --report docs/scenes-accuracy-seed1.json
 
-Detector, tower, base model, rows in both forms, the recipes scenes_llava_1 to 4 (plain LLaVA) and scenes_1 to 4 (groups),
-and the questions: same scenes, steps and sizes for both. A run that was cut off goes on with the step it was in.
+Detector, tower, base model, rows in both forms, the recipes scenes_llava_1 to 4 (plain LLaVA) and scenes_split, which goes
+on in groups where scenes_llava_4 goes on with whole images; and the questions: same scenes, steps and sizes for both. A
+run that was cut off goes on with the step it was in.
 """
 
 import argparse
@@ -23,9 +24,10 @@ from backdrop.evaluation.scenes import markdown, run_scenes
 from .experiment import folder_digest, run_logged, step, train_stage
 
 RECIPES = Path(__file__).parent / "recipes"
-LLAVA, GROUPS = (tuple(f"scenes_{form}{stage}" for stage in (1, 2, 3, 4)) for form in ("llava_", ""))
+LLAVA = tuple(f"scenes_llava_{stage}" for stage in (1, 2, 3, 4))
+GROUPS = "scenes_split"  # starts from the third of them
 # Rows are made anew for the third and the fourth stage: with questions for columns, then fewer questions of what was
-# still wrong, and more backgrounds that contradict the objects.
+# still wrong.
 PLACED = {"places": 3}
 HARD = {
     "questions": 5,
@@ -34,7 +36,7 @@ HARD = {
     "topics": "plate=5,side=6,toggle=6,count=3,time=2,alarm=2,presence=2,name=2",
 }
 WHOLE = {"whole": 1, "pair": 0, "stale": 0}
-HARD_SHARES = {"whole": 0.05, "pair": 0.3, "stale": 0.35}
+SHARES = {"whole": 0.05, "pair": 0.3, "stale": 0.35}  # the rest is split
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Size:
 
 SIZES = {
     "full": Size(3000, 8, 8000, 1000, 10_000, (900, 400, 800, 900), 3800),
-    "reduced": Size(1200, 6, 4000, 700, 4000, (450, 150, 350, 350), 800),
+    "reduced": Size(1200, 6, 4000, 700, 5000, (600, 200, 400, 400), 800),
     "miniature": Size(64, 1, 64, 4, 64, (4, 2, 2, 2), 8),
 }
 
@@ -63,26 +65,28 @@ def make(work: Path, seed: int, size: Size, detector: Path | None = None, jobs: 
 
     Args:
         detector: a model folder whose detector is taken instead of training one.
-        jobs: 2 trains both forms at a time.
+        jobs: 2 trains both forms of the last stage at a time.
     """
     base = _base(work, seed, size, detector)
 
-    def train(recipes: tuple[str, ...], shares: dict, hard_shares: dict, name: str) -> Path:
-        rows = _rows(work, seed, size, base, shares, f"{name}_1")
-        placed = _rows(work, seed + 1, size, base, shares | PLACED, f"{name}_3")
-        hard = _rows(work, seed + 2, size, base, hard_shares | HARD, f"{name}_4")
-        start = base
-        for recipe_name, data, steps in zip(recipes, (rows, rows, placed, hard), size.steps, strict=True):
-            recipe = yaml.safe_load((RECIPES / f"{recipe_name}.yaml").read_text())
-            recipe |= {"dataset": str(data), "max_steps": steps, "seed": recipe["seed"] + 1000 * seed}
-            recipe["warmup_steps"] = min(recipe["warmup_steps"], steps // 4)
-            start = train_stage(recipe, start, work / recipe_name)
-        return start
+    rows = _rows(work, seed, size, base, WHOLE, "whole_1")
+    placed = _rows(work, seed + 1, size, base, WHOLE | PLACED, "whole_3")
+    hard = _rows(work, seed + 2, size, base, WHOLE | HARD, "whole_4")
+    groups = _rows(work, seed + 2, size, base, SHARES | HARD, "split")
 
+    def train(name: str, start: Path, data: Path, steps: int) -> Path:
+        recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+        recipe |= {"dataset": str(data), "max_steps": steps, "seed": recipe["seed"] + 1000 * seed}
+        recipe["warmup_steps"] = min(recipe["warmup_steps"], steps // 4)
+        return train_stage(recipe, start, work / name)
+
+    start = base
+    for name, data, steps in zip(LLAVA[:3], (rows, rows, placed), size.steps[:3], strict=True):
+        start = train(name, start, data, steps)
     with ThreadPoolExecutor(jobs) as pool:  # the work itself is done by child processes
-        llava = pool.submit(train, LLAVA, WHOLE, WHOLE, "whole")
-        groups = pool.submit(train, GROUPS, {}, HARD_SHARES, "split")
-        return llava.result(), groups.result()
+        llava = pool.submit(train, LLAVA[3], start, hard, size.steps[3])
+        split = pool.submit(train, GROUPS, start, groups, size.steps[3])
+        return llava.result(), split.result()
 
 
 def _base(work: Path, seed: int, size: Size, detector: Path | None) -> Path:
@@ -167,7 +171,9 @@ def main() -> None:
     parser.add_argument(
         "--detector-of", type=Path, help="a model folder whose detector is taken instead of training one"
     )
-    parser.add_argument("--jobs", type=int, default=1, choices=(1, 2), help="2: both forms at a time")
+    parser.add_argument(
+        "--jobs", type=int, default=1, choices=(1, 2), help="2: the last stage of both forms at a time"
+    )
     options = parser.parse_args()
     size = SIZES[options.size]
     llava, groups = make(options.work, options.seed, size, options.detector_of, options.jobs)

@@ -283,11 +283,16 @@ class BackgroundMatcher:
         with self._lock:
             self._store.add(self._scope.get()[0], image, patch_mask)
 
-    def clear(self) -> None:
-        """Forgets the references of all namespaces; the counters stay."""
+    def clear(self, namespace: str | None = None) -> None:
+        """Forgets the references of a namespace, or of all; the counters stay."""
         with self._lock:
-            self._store.clear()
-            self._trackers.clear()
+            if namespace is None:
+                self._store.clear()
+                self._trackers.clear()
+                return
+            for reference_id in self._store.of_namespace(namespace):
+                self._store.remove(reference_id)
+                self._trackers.pop(reference_id, None)
 
     def stats(self) -> dict[str, int]:
         """References and bytes now (`memory_bytes` and `file_bytes`, all that is kept); counts since the beginning."""

@@ -29,6 +29,8 @@ from safetensors import SafetensorError
 
 WEIGHTS_NAME = "detector.safetensors"
 DESCRIPTION_NAME = "detector.json"
+# Of its tensors in the file: loaders that read every *.safetensors of a folder can tell them from the model's.
+KEY_PREFIX = "detector."
 
 _PAD_GREY = 114  # what YOLO models are trained to see beyond the image
 _LICENSE = "AGPL-3.0 (made with ultralytics, https://ultralytics.com/license)"
@@ -273,6 +275,7 @@ class ObjectDetector:
             state = safetensors.torch.load_file(weights_file)
         except SafetensorError as error:
             raise ValueError(f"{weights_file} is damaged or not a safetensors file: {error}") from error
+        state = {key.removeprefix(KEY_PREFIX): value for key, value in state.items()}
         return cls(description, state, source=f"{WEIGHTS_NAME} ({description['source']})", device=device)
 
     def save(self, folder: str | os.PathLike) -> list[str]:
@@ -292,8 +295,21 @@ class ObjectDetector:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         # One entry: safetensors writes several in random order, and equal detectors should be equal files.
-        _write_atomically(folder / WEIGHTS_NAME, safetensors.torch.save(self._state, {"license": _LICENSE}))
+        _write_atomically(folder / WEIGHTS_NAME, _weights_file(self._state))
         _write_atomically(folder / DESCRIPTION_NAME, (json.dumps(self._description) + "\n").encode())
+        return [WEIGHTS_NAME, DESCRIPTION_NAME]
+
+    @staticmethod
+    def copy(source: str | os.PathLike, folder: str | os.PathLike) -> list[str]:
+        """Copies a saved detector into another folder; needs no ultralytics.
+
+        Returns:
+            The names of the two files.
+        """
+        source, folder = Path(source), Path(folder)
+        state = safetensors.torch.load_file(source / WEIGHTS_NAME)
+        _write_atomically(folder / WEIGHTS_NAME, _weights_file(state))
+        _write_atomically(folder / DESCRIPTION_NAME, (source / DESCRIPTION_NAME).read_bytes())
         return [WEIGHTS_NAME, DESCRIPTION_NAME]
 
     def detect(
@@ -513,6 +529,11 @@ def _as_stored(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _one_line(error: Exception) -> str:
     """ultralytics' message without its emoji and line breaks."""
     return " ".join(str(error).encode("ascii", "ignore").decode().split())
+
+
+def _weights_file(state: dict[str, torch.Tensor]) -> bytes:
+    named = {KEY_PREFIX + key.removeprefix(KEY_PREFIX): value for key, value in state.items()}
+    return safetensors.torch.save(named, {"license": _LICENSE})
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

@@ -4,7 +4,6 @@ import base64
 import binascii
 import contextlib
 import os
-import shutil
 import threading
 from io import BytesIO
 from pathlib import Path
@@ -385,8 +384,7 @@ class BackdropImageProcessor(PilBackend):
         """Writes the detector's weights into a folder if they are at hand; the names of the files written."""
         if self.detector is None and self._live.folder is not None:
             if Path(folder).resolve() != Path(self._live.folder).resolve():
-                for name in DETECTOR_FILES:
-                    shutil.copyfile(Path(self._live.folder, name), Path(folder, name))
+                ObjectDetector.copy(self._live.folder, folder)
             return list(DETECTOR_FILES)
         if self.detector is None and self._live.detector is not None:
             return self._live.detector.save(folder)

@@ -84,8 +84,9 @@ class BackdropPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    # Buffers that checkpoints of older transformers versions carry.
-    _keys_to_ignore_on_load_unexpected = [r"position_ids$", r"rotary_emb\.inv_freq$"]
+    # Buffers that checkpoints of older transformers versions carry; and vLLM reads every *.safetensors of a folder, the
+    # detector's too.
+    _keys_to_ignore_on_load_unexpected = [r"position_ids$", r"rotary_emb\.inv_freq$", r"^detector\."]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -184,6 +185,7 @@ class BackdropModel(BackdropPreTrainedModel):
 
     def __init__(self, config: BackdropConfig):
         super().__init__(config)
+        _check_servable(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = BackdropProjector(config)
         if config.separate_vision_towers:
@@ -745,6 +747,21 @@ class BackdropForConditionalGeneration(BackdropPreTrainedModel, GenerationMixin)
                 "sequences; pass input_ids."
             )
         return [tuple(range(r * groups // batch, (r + 1) * groups // batch)) for r in range(batch)]
+
+
+def _check_servable(config: BackdropConfig) -> None:
+    """vLLM's Transformers backend builds the model with its own attention; what it cannot run right must not start."""
+    if config.text_config._attn_implementation != "vllm":
+        return
+    if config.num_prefusion_layers:
+        raise ValueError(
+            f"num_prefusion_layers is {config.num_prefusion_layers}: vLLM gives no attention to layers outside the "
+            "language model. Fold them into it: backdrop export MODEL OUT --fold-prefusion"
+        )
+    if config.raster_order:
+        raise ValueError(
+            "raster_order is True: tokens of two groups are mixed, but vLLM encodes each group by itself; wanted False."
+        )
 
 
 def _keep_columns(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

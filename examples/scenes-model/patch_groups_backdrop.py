@@ -207,11 +207,11 @@ def group_to_image(group: PatchGroup, patch_size: int, geometry: str = "") -> Im
     return image
 
 
-def save_group(image: Image.Image, path) -> None:
-    """Writes a group image as PNG with its geometry in the PNG's text."""
+def save_group(image: Image.Image, path, compress_level: int = 6) -> None:
+    """Writes a group image as PNG (a path or a file) with its geometry in the PNG's text."""
     text = PngInfo()
     text.add_text(METADATA_KEY, image.info[METADATA_KEY])
-    image.save(path, format="PNG", pnginfo=text)
+    image.save(path, format="PNG", pnginfo=text, compress_level=compress_level)
 
 
 def looks_like_group(rgba: np.ndarray) -> bool:

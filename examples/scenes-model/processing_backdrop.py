@@ -1,6 +1,7 @@
 """Images and text to the model's inputs: groups, expanded placeholders, separators."""
 
 import os
+import sys
 
 import transformers
 from transformers import AutoTokenizer
@@ -61,6 +62,13 @@ class BackdropProcessor(ProcessorMixin):
         self.image_processor.disable_background_matching()
 
     # ---- hooks of ProcessorMixin.__call__
+
+    def __call__(self, images=None, text=None, **kwargs):
+        """As `ProcessorMixin`'s. Inside vLLM an ordinary image is one background group (plain LLaVA): the engine takes one
+        row of pixels for each item, so clients split (`backdrop.serving`)."""
+        if images is not None and "vllm" in sys.modules:
+            kwargs.setdefault("split", False)
+        return super().__call__(images=images, text=text, **kwargs)
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         """One `<image>` per item, no more and no fewer, named before any work is done."""

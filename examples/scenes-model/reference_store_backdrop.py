@@ -116,6 +116,10 @@ class ReferenceStore:
         self._born[reference_id] = created
         return _frozen(Reference(pixels, patch_mask.copy(), reference_id))
 
+    def of_namespace(self, namespace: str) -> list[int]:
+        """The ids of a namespace's references."""
+        return [i for i, entry in self._entries.items() if entry.shelf[0] == namespace]
+
     def remove(self, reference_id: int) -> None:
         """Forgets one reference."""
         entry = self._entries.pop(reference_id)

@@ -85,7 +85,7 @@ def start_stack(folder: Path, engine_python: str, replicas: int = 2) -> Stack:
             {"keys": {hash_key(key): tenant for tenant, key in KEYS.items()}, "health_seconds": 0.5}
         )
     )
-    command = [sys.executable, "-m", "backdrop.cli", "serve", str(MODEL), "--port", str(ports[-1])]
+    command = [sys.executable, "-m", "backdrop", "serve", str(MODEL), "--port", str(ports[-1])]
     command += ["--replicas", str(replicas), "--engine-port", str(ports[0]), "--engine-python", engine_python]
     command += [
         "--config",
