@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo test test-fast test-real serve-setup serve-test check format test-oldest clean
+.PHONY: help setup demo test test-fast test-real serve-setup serve-test lmcache-test check format test-oldest clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -65,6 +65,10 @@ $(SERVE)/.installed: requirements-serve.txt constraints-serve.txt
 serve-test: setup serve-setup ## engines and gateway: parity, reuse, tenants, load, kills, bad requests (about 8 minutes)
 	@echo "tests with vLLM"
 	$(BIN)/python -m pytest -m serve -q
+
+lmcache-test: setup serve-setup ## two engines that share backgrounds through LMCache (some 300 MB more)
+	@PIP_CONSTRAINT= $(SERVE)/bin/python -m pip install --quiet --no-deps -r requirements-lmcache.txt
+	$(BIN)/python -m pytest tests/serve/test_lmcache.py -q
 
 test-oldest: $(OLDEST)/.installed ## fast tests on the lowest versions that pyproject.toml admits
 	$(OLDEST)/bin/python -m pytest -m "not real and not serve" -q

@@ -292,7 +292,7 @@ class Gateway:
         try:
             return self.splitter.split(image, mark, self.settings.split, self.settings.split)
         except (ValueError, AttributeError, RecursionError) as error:  # a patch group that is none
-            raise ApiError(400, f"an image cannot be split: {error}", "invalid_image") from None
+            raise ApiError(400, f"an image cannot be split: {str(error):.300}", "invalid_image") from None
 
     def _body(self, chat: ChatRequest, frames: list[SplitFrame], mark: str) -> bytes:
         parts = [[item.part(f"{mark}-") for item in frame.items] for frame in frames]

@@ -10,7 +10,7 @@ from io import BytesIO
 from urllib.parse import quote, urljoin, urlsplit
 
 import httpx
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .problems import ApiError
 
@@ -35,9 +35,7 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
         )
     size = len(text) // 4 * 3 - text[-2:].count("=")
     if size > max_bytes:
-        raise ApiError(
-            413, f"an image has {size:,} bytes; wanted at most {max_bytes:,}", "image_too_large"
-        )
+        raise ApiError(413, f"an image has {size:,} bytes; wanted at most {max_bytes:,}", "image_too_large")
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -45,7 +43,7 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
 
 
 def open_image(data: bytes, max_pixels: int) -> Image.Image:
-    """A decoded image, its alpha kept.
+    """A decoded image, upright, its alpha kept.
 
     Raises:
         ApiError: 400 for what is no image or a damaged one, 413 for too many pixels.
@@ -69,7 +67,8 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
         )
     try:
         image.load()
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception as error:  # decoders, and readers of EXIF, raise of everything
         raise ApiError(
             400, f"a {image.format} image of {len(data):,} bytes is damaged: {error}", "invalid_image"
         ) from None
@@ -224,7 +223,9 @@ def is_public(address: str) -> bool:
         return False
     embedded = [ip]
     if ip.version == 6:
-        if ip not in GLOBAL_UNICAST and ip not in NAT64:  # mapped and site-local ones; not all are known to Python
+        if (
+            ip not in GLOBAL_UNICAST and ip not in NAT64
+        ):  # mapped and site-local ones; not all are known to Python
             return False
         embedded += [part for part in (ip.sixtofour, *(ip.teredo or ())) if part is not None]
         if ip in NAT64:

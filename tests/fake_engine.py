@@ -225,7 +225,9 @@ class FakeEngine(AppThread):
         groups = [(part.get("uuid"), self._group(part)) for part in image_parts(body["messages"])]
         for uuid, group in groups if self.sees_alpha else ():
             known = self.groups.setdefault(uuid, group)
-            if not all(map(np.array_equal, (known.pixels, known.patch_mask), (group.pixels, group.patch_mask))):
+            if not all(
+                map(np.array_equal, (known.pixels, known.patch_mask), (group.pixels, group.patch_mask))
+            ):
                 self.mixed_up.append(uuid)
         items = [
             GroupItem(GROUP_KINDS[group.kind], int(group.patch_mask.sum()), "", b"") for _, group in groups

@@ -147,7 +147,7 @@ def test_several_frames_in_one_question(client, engine, shared_processor):
 def test_a_frame_can_be_an_image_an_array_a_path_or_text(client, engine, tmp_path):
     frame = red_scene(14, 14)
     frame.save(tmp_path / "frame.png")
-    for given in (
+    for source in (
         frame,
         np.asarray(frame),
         np.asarray(frame).transpose(2, 0, 1).copy(),
@@ -155,7 +155,7 @@ def test_a_frame_can_be_an_image_an_array_a_path_or_text(client, engine, tmp_pat
         str(tmp_path / "frame.png"),
         data_url(frame),
     ):
-        client.ask(given, "q", match=False)
+        client.ask(source, "q", match=False)
     assert len({tuple(keys_of(engine, number)) for number in range(6)}) == 1
     with pytest.raises(ValueError, match=r"Incorrect image source .*missing.png"):
         client.ask(tmp_path / "missing.png", "q")

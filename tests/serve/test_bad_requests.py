@@ -9,6 +9,7 @@ import zlib
 from io import BytesIO
 
 import httpx
+import numpy as np
 import psutil
 from PIL import Image
 from running import KEYS
@@ -47,7 +48,8 @@ def image(url: str, **more) -> dict:
 def bad_requests() -> list[tuple[str, bytes, int, str, dict]]:
     """(name, body, status, word of the message, headers)"""
     buffer = BytesIO()
-    Image.new("RGB", (64, 64), (9, 9, 9)).save(buffer, "JPEG")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "JPEG")
     jpeg = buffer.getvalue()
     text = {"type": "text", "text": "What is shown?"}
     good = image(data_url(jpeg, "jpeg"))
@@ -57,7 +59,7 @@ def bad_requests() -> list[tuple[str, bytes, int, str, dict]]:
     mixed.save(buffer, "PNG")
     cases = [
         ("not an image", message(image(data_url(b"hello" * 50)), text), 400, "image"),
-        ("truncated", message(image(data_url(jpeg[: len(jpeg) // 2], "jpeg")), text), 400, "damaged"),
+        ("truncated", message(image(data_url(jpeg[: 3 * len(jpeg) // 4], "jpeg")), text), 400, "damaged"),
         ("bomb", message(image(data_url(bomb())), text), 413, "pixels"),
         ("placeholders", message({"type": "text", "text": "<image>" * 10_000}), 400, "10,000"),
         ("uuid", message(image(good["image_url"]["url"], uuid="0" * 40), text), 400, "uuid"),
