@@ -10,12 +10,15 @@ import typer
 
 EPILOG = (
     "Example: `backdrop serve examples/scenes-model --port 8000`, then "
-    "`curl localhost:8000/v1/models`; with keys and limits: `--config gateway.yaml`; a key's hash: `--hash-key`"
+    "`curl localhost:8000/v1/models`; with keys and limits: `--config gateway.yaml`; vLLM's own options: `-- --enforce-eager`"
 )
 
 
 def serve(
     model: Annotated[str | None, typer.Argument(help="Exported Backdrop folder or Hub id.")] = None,
+    engine_args: Annotated[
+        list[str] | None, typer.Argument(help="After `--`: further arguments of vLLM's server.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address that the gateway listens on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the gateway.")] = 8000,
     replicas: Annotated[int, typer.Option(help="Engines to start.", min=0)] = 1,
@@ -42,11 +45,8 @@ def serve(
     hash_key: Annotated[
         bool, typer.Option("--hash-key", help="Read an API key from standard input, print its hash, end.")
     ] = False,
-    engine_args: Annotated[str, typer.Option(help="Further arguments of vLLM's server, in one string.")] = "",
 ) -> None:
     """Serve a model: vLLM behind a gateway that splits images and reuses backgrounds across requests."""
-    import shlex
-
     from backdrop.serving.engine import Engine, EngineSettings, find_engine_python, kv_cache_bytes
     from backdrop.serving.settings import GatewaySettings, load_settings, make_settings
     from backdrop.serving.settings import hash_key as hash_of
@@ -90,7 +90,7 @@ def serve(
                     max_num_seqs=max_num_seqs,
                     kv_cache_bytes=size,
                     block_size=block_size,
-                    extra=tuple(shlex.split(engine_args)),
+                    extra=tuple(engine_args or ()),
                 )
             )
         urls = [engine.url for engine in started]

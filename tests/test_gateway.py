@@ -111,13 +111,8 @@ class Running(AppThread):
             and gateway._admission._waiting == 0
             and self.metric("requests_in_flight") == self.metric("requests_waiting") == 0
             and all(replica.in_flight == 0 for replica in gateway.replicas.replicas)
-            and not [
-                task for task in self.tasks() if task not in ("Running._serve", "Replicas._watch", *UVICORN)
-            ]
+            and set(self.tasks()) <= {"AppThread._serve", "LifespanOn.main", "Replicas._watch"}
         )
-
-
-UVICORN = ("LifespanOn.main", "Server.main_loop")
 
 
 @pytest.fixture
@@ -800,9 +795,6 @@ def test_a_stream_holds_its_place_to_the_end(serve, engines):
 # ---- replicas that fail
 
 
-FAILURES = ["refuses", "500", "503", "close", "early death", "empty"]
-
-
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
 @pytest.mark.parametrize("failure", ["refuses", "500", "502", "503", "close", "early death"])
 def test_a_request_that_fails_goes_to_the_next_replica(serve, engines, failure, stream):
@@ -1382,7 +1374,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 
 
 def test_keys_are_kept_as_hashes():
-    assert hash_key("key-of-north") == "ee5d1a3b" + hash_key("key-of-north")[8:] or len(hash_key("x")) == 64
+    assert hash_key("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     tenants = Tenants(make_settings(replicas=["http://a"], keys=HASHED))
     assert tenants.of("Bearer key-of-north") == "north" and tenants.of("Bearer key-of-south") == "south"
     assert tenants.of(f"Bearer {next(iter(HASHED))}") is None, "a hash is no key"

@@ -16,6 +16,8 @@ from test_training import base, trainer_for  # noqa: F401
 from trl import ModelConfig
 
 from backdrop.hub_export.convert import chat_template
+from backdrop.hub_export.export import load_checkpoint
+from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.processing_backdrop import BackdropProcessor
 from backdrop.train import sft
@@ -242,6 +244,22 @@ def test_a_dry_run_on_an_older_trl_says_which_is_wanted(base, monkeypatch):  # n
     words = ["--model", base / "model", "--dataset", base / "rows", "--output_dir", base / "out", *CPU]
     with pytest.raises(ValueError, match="TRL is 1.10.0, wanted 1.16"):
         run(*parse([*map(str, words), "--dry_run", "true"]))
+
+
+def test_lora_with_separators_trains_a_model_with_tied_embeddings(base):  # noqa: F811
+    model = BackdropForConditionalGeneration.from_pretrained(base / "model")
+    config = model.config.to_dict()
+    config["text_config"]["tie_word_embeddings"] = config["tie_word_embeddings"] = True
+    tied = BackdropForConditionalGeneration(BackdropConfig.from_dict(config))
+    tied.save_pretrained(base / "model")
+    words = ["--model", base / "model", "--dataset", base / "rows", "--output_dir", base / "out", *CPU]
+    words += ["--use_peft", "true", "--lora_r", 2, "--lora_also_trains", "multi_modal_projector"]
+    run(*parse([*map(str, words), "--max_steps", "2", "--learning_rate", "0.01"]))
+    trained, _ = load_checkpoint(base / "out")
+    separators = tied.config.separator_token_ids
+    changed = (trained.get_input_embeddings().weight != tied.get_input_embeddings().weight).any(-1)
+    assert changed.nonzero().flatten().tolist() == sorted(separators)
+    assert trained.lm_head.weight is trained.get_input_embeddings().weight
 
 
 # ---- losses

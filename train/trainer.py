@@ -32,6 +32,11 @@ class BackdropTrainer(SFTTrainer):
 
     def __init__(self, *args, matching_loss: float = 0.0, group_kinds: str = "any", **kwargs):
         super().__init__(*args, **kwargs)
+        head = self.model.get_output_embeddings()
+        if not hasattr(head, "bias"):
+            # peft wraps a head that is tied to a table whose rows train, and passes its weight on but not its bias; TRL's
+            # loss reads both.
+            head.bias = None
         self.matching_loss = matching_loss
         # Row counts of tables that train in part: decay would move the frozen rows.
         self._partly_trained = set(row_trained_names(self.model))

@@ -107,7 +107,7 @@ def start_stack(folder: Path, engine_python: str, replicas: int = 2) -> Stack:
         "--block-size",
         str(BLOCK),
     ]
-    command += ["--engine-args", "--enforce-eager"]
+    command += ["--", "--enforce-eager"]
     log = folder / "gateway.log"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with log.open("wb") as file:
