@@ -172,7 +172,7 @@ class Engine:
             RuntimeError: it ended, or did not answer in time; with the last lines of its log.
         """
         deadline = asyncio.get_running_loop().time() + seconds
-        async with httpx.AsyncClient(trust_env=False, timeout=5.0) as client:
+        async with httpx.AsyncClient(trust_env=False, timeout=min(5.0, seconds)) as client:
             while asyncio.get_running_loop().time() < deadline:
                 if self.restarts or self._task.done():
                     raise RuntimeError(f"the engine ended while it started.\n{self._last_lines()}")

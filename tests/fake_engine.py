@@ -142,6 +142,7 @@ class FakeEngine(AppThread):
             "empty": a stream ends before its first event;
             "cut": a stream ends properly, but without its end mark;
             "slow": a stream's events come one by one as `step` is called; plain answers after the first step.
+        probe_mode: what happens to the probe.
         modes: what happens to the next requests instead, in order.
         healthy: False: /health answers 503.
         text: the answer; None: the background's uuid and the question.
@@ -164,7 +165,8 @@ class FakeEngine(AppThread):
 
     def reset(self) -> None:
         """As new."""
-        self.sees_alpha, self.healthy, self.mode, self.text = True, True, "answer", None
+        self.sees_alpha, self.healthy, self.text = True, True, None
+        self.mode = self.probe_mode = "answer"
         self.modes: list[str] = []
         self.requests: list[dict] = []
         self.probes = self.cancelled = self.running = 0
@@ -195,9 +197,9 @@ class FakeEngine(AppThread):
         body = json.loads(await request.body())
         if body["model"] != self.name:
             return JSONResponse({"error": {"message": f"no model {body['model']}"}}, 404)
-        mode = "answer"
         if body.get("max_tokens") == 1 and body["messages"][-1]["content"][-1].get("text") == "?":
             self.probes += 1
+            mode = self.probe_mode
         else:
             self.requests.append(body)
             mode = self.modes.pop(0) if self.modes else self.mode

@@ -25,13 +25,12 @@ def test_its_code_is_this_source():
 @pytest.mark.real
 def test_it_answers_about_backgrounds_it_never_saw(tmp_path):
     """A floor far below the accuracy in its card, and far above chance: a broken split or load falls through it."""
-    # Whole stale backgrounds (`stale`) are beyond this model, which was not trained on any.
-    forms = tuple(name for name in FORMS if name != "stale")
+    forms = tuple(FORMS)
     score = SceneScore(forms=forms, scenes=16, questions=2, seed=7, split="test")
     found = score.records(FOLDER, tmp_path)
     assert set(found) == set(forms)
     for form, records in found.items():
-        assert headline(records, score.metric)["value"] > 0.6, form
+        assert headline(records, score.metric)["value"] > (0.6 if form == "stale" else 0.85), form
     reused = {
         form: sum(record["patches_reused"] or 0 for record in records) for form, records in found.items()
     }
@@ -58,6 +57,6 @@ def test_the_demo_ends_with_answers_reuse_and_times(tmp_path):
     figures = json.loads(done.stdout)
     assert len(figures["answers"]) == 20 and figures["answers"][0]["background"] == "miss"
     assert figures["background_hits"] >= 10 and figures["share_of_vision_tokens_reused"] > 0.2
-    assert figures["right"] >= 10 and abs(figures["right"] - figures["right_cold"]) <= 4
+    assert figures["right"] >= 18 and abs(figures["right"] - figures["right_cold"]) <= 2
     assert figures["first_token_reused_ms"] > 0 and figures["first_token_cold_ms"] > 0
     assert (tmp_path / "frames.png").is_file() and (tmp_path / "frame-19.png").is_file()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import socket
 import threading
+import weakref
 from io import BytesIO
 from pathlib import Path
 
@@ -135,6 +136,34 @@ def serve(engines, processor):
 @pytest.fixture
 def gateway(serve):
     return serve()
+
+
+@pytest.fixture(scope="module")
+def one_gateway(running_engines, processor):
+    """For requests that never get as far as an engine."""
+    gateway = Gateway(
+        make_settings(
+            replicas=[engine.url for engine in running_engines],
+            health_seconds=60,
+            limits={"image_pixels": 90_000, "image_bytes": 20_000},
+        ),
+        processor,
+    )
+    for engine in running_engines:
+        engine.reset()
+        if engine._thread is None:
+            engine.start()
+    with Running(gateway) as running:
+        yield running
+        running.client.close()
+
+
+@pytest.fixture
+def refusing(one_gateway, engines):
+    """The same; no engine may have been asked at the end, and nothing be kept."""
+    yield one_gateway
+    assert asked(*engines) == []
+    wait_until(one_gateway.is_idle)
 
 
 def question(*images, text: str = "q", **fields) -> dict:
@@ -384,7 +413,6 @@ def test_marks_come_from_the_secret():
         None,
         "",
         "Bearer",
-        "Bearer ",
         "Bearer wrong",
         "Basic key-of-north",
         "key-of-north",
@@ -407,7 +435,7 @@ def test_without_a_key_nothing_is_answered(serve, engines, header):
 
 def test_keys_are_asked_for_in_any_case_of_the_scheme(serve):
     gateway = serve(keys=HASHED)
-    headers = {"Authorization": f"bearer  {KEYS['south']} "}
+    headers = {"Authorization": f"bearer  {KEYS['south']}"}
     assert gateway.client.get(f"{gateway.url}/v1/models", headers=headers).status_code == 200
     assert gateway.client.get(f"{gateway.url}/health").status_code == 200
 
@@ -441,9 +469,8 @@ def test_keys_are_asked_for_in_any_case_of_the_scheme(serve):
         "anything",
     ],
 )
-def test_fields_that_clients_may_not_set_are_named(gateway, engines, name):
-    refused(gateway.ask(red_scene(), **{name: None}), 400, name)
-    assert asked(*engines) == []
+def test_fields_that_clients_may_not_set_are_named(refusing, name):
+    refused(refusing.ask(red_scene(), **{name: None}), 400, name)
 
 
 @pytest.mark.parametrize(
@@ -455,21 +482,19 @@ def test_fields_that_clients_may_not_set_are_named(gateway, engines, name):
     ],
     ids=["image", "text"],
 )
-def test_a_uuid_cannot_be_set(gateway, engines, part):
+def test_a_uuid_cannot_be_set(refusing, part):
     body = {"messages": [{"role": "user", "content": [part]}]}
-    refused(gateway.post(body), 400, "messages[0].content[0].uuid cannot be set")
+    refused(refusing.post(body), 400, "messages[0].content[0].uuid cannot be set")
     part = {**part, "uuid": None}
-    answer = gateway.post({"messages": [{"role": "user", "content": [part]}]})
+    answer = refusing.post({"messages": [{"role": "user", "content": [part]}]})
     refused(answer, 400, "unknown field messages[0].content[0].")
-    assert asked(*engines) == []
 
 
 @pytest.mark.parametrize("name", ["image_url", "image_embeds", "audio_url", "image_pil", "cache_control"])
-def test_a_text_is_nothing_but_a_text(gateway, engines, name):
+def test_a_text_is_nothing_but_a_text(refusing, name):
     part = {"type": "text", "text": "hi", name: "http://169.254.169.254/"}
-    answer = gateway.post({"messages": [{"role": "user", "content": [part]}]})
+    answer = refusing.post({"messages": [{"role": "user", "content": [part]}]})
     refused(answer, 400, f"unknown field messages[0].content[0].{name}")
-    assert asked(*engines) == []
 
 
 def test_another_model_is_not_there(gateway, engines):
@@ -556,54 +581,34 @@ BAD_BODIES = {
 }
 
 
-@pytest.fixture(scope="module")
-def one_gateway(running_engines, processor):
-    """For requests that never get as far as an engine."""
-    gateway = Gateway(
-        make_settings(replicas=[engine.url for engine in running_engines], health_seconds=60), processor
-    )
-    for engine in running_engines:
-        engine.reset()
-        if engine._thread is None:
-            engine.start()
-    with Running(gateway) as running:
-        yield running
-        running.client.close()
-
-
 @pytest.mark.parametrize(("body", "message"), BAD_BODIES.values(), ids=BAD_BODIES)
-def test_a_bad_body_is_a_400_that_says_why(one_gateway, running_engines, body, message):
-    before = len(asked(*running_engines))
-    refused(one_gateway.post(body), 400, message)
-    assert len(asked(*running_engines)) == before
-    wait_until(one_gateway.is_idle)
+def test_a_bad_body_is_a_400_that_says_why(refusing, body, message):
+    refused(refusing.post(body), 400, message)
 
 
 @pytest.mark.parametrize("depth", range(100, 1100, 50))
-def test_no_depth_of_nesting_is_a_failure(one_gateway, depth):
+def test_no_depth_of_nesting_is_a_failure(one_gateway, engines, depth):
     answer = one_gateway.post(PLAIN + b'"metadata":' + nested(depth) + b"}")
     assert answer.status_code in (200, 400), answer.text
 
 
-def test_placeholders_and_separators_in_a_text_are_refused(one_gateway, running_engines):
-    before = len(asked(*running_engines))
-    answer = one_gateway.ask(red_scene(), text="<image>" * 10_000)
+def test_placeholders_and_separators_in_a_text_are_refused(refusing):
+    answer = refusing.ask(red_scene(), text="<image>" * 10_000)
     refused(answer, 400, "messages[0] has 10,000 times '<image>', which only the chat template may write")
     for token in ("<image>", "[BG_START]", "[OBJ_END]", "<s>", "</s>", "<pad>"):
-        refused(one_gateway.ask(text=f"a{token}b"), 400, f"1 times '{token}'")
+        refused(refusing.ask(text=f"a{token}b"), 400, f"1 times '{token}'")
         messages = [{"role": "system", "content": token}, {"role": "user", "content": "hi"}]
-        refused(one_gateway.post({"messages": messages}), 400, "messages[0] has 1 times")
-    assert len(asked(*running_engines)) == before
+        refused(refusing.post({"messages": messages}), 400, "messages[0] has 1 times")
 
 
-def test_a_placeholder_in_two_pieces_is_refused(one_gateway, processor):
+def test_a_placeholder_in_two_pieces_is_refused(refusing, processor):
     """The chat template joins the texts of a message."""
     pieces = [{"type": "text", "text": text} for text in ("<ima", "ge>")]
     text = processor.apply_chat_template([{"role": "user", "content": pieces}])
     assert "<image>" in text, "the template does not join: the check is for nothing"
-    refused(one_gateway.post(user(*pieces)), 400, "messages[0] has 1 times '<image>'")
+    refused(refusing.post(user(*pieces)), 400, "messages[0] has 1 times '<image>'")
     image = question(red_scene())["messages"][0]["content"][0]
-    refused(one_gateway.post(user(pieces[0], image, pieces[1])), 400, "messages[0] has 1 times '<image>'")
+    refused(refusing.post(user(pieces[0], image, pieces[1])), 400, "messages[0] has 1 times '<image>'")
 
 
 def test_too_many_images(serve, engines):
@@ -642,16 +647,14 @@ def mixed_group() -> Image.Image:
         (group_with("{}"), 400, "A patch group was made with image_size None; wanted 56"),
         (group_with("[1]"), 400, "an image cannot be split"),
         (group_with("not JSON"), 400, "an image cannot be split"),
-        (group_with("[" * 100_000), 400, "an image cannot be split"),
+        (group_with("[" * 10_000), 400, "an image cannot be split"),
         (Image.new("RGBA", (28, 28), (1, 2, 3, 253)), 400, "A patch group is 28 x 28 pixels; wanted 56 x 56"),
         (mixed_group(), 400, "A patch group's alpha mixes [253, 254]"),
     ],
     ids=range(13),
 )
-def test_a_bad_image_is_refused(serve, engines, image, status, message):
-    gateway = serve(limits={"image_pixels": 90_000, "image_bytes": 20_000})
-    refused(gateway.ask(red_scene(), image), status, message)
-    assert asked(*engines) == []
+def test_a_bad_image_is_refused(refusing, image, status, message):
+    refused(refusing.ask(red_scene(), image), status, message)
 
 
 def test_a_group_is_taken_as_it_stands(gateway, engines, processor):
@@ -686,11 +689,10 @@ def connection(gateway: Running, *headers: str):
 
 
 def status_of(connection: socket.socket) -> tuple[int, str]:
-    """Status and body of an answer, read up to the connection's end."""
+    """Status and body of an answer, whose connection may go on."""
     data = b""
-    with contextlib.suppress(ConnectionResetError):
-        while piece := connection.recv(65536):
-            data += piece
+    while b"\r\n\r\n" not in data or not data.endswith(b"}"):
+        data += connection.recv(65536)
     head, _, body = data.partition(b"\r\n\r\n")
     return int(head.split()[1]), body.decode()
 
@@ -777,10 +779,10 @@ def test_a_stream_holds_its_place_to_the_end(serve, engines):
     engines[1].stop()
     engines[0].mode = "slow"
     gateway = serve(limits={"concurrent": 1, "waiting": 0})
+    engines[0].step()
     with gateway.client.stream(
-        "POST", f"{gateway.url}/v1/chat/completions", json=question(stream=True)
+        "POST", f"{gateway.url}/v1/chat/completions", json=question(stream=True, text="a" * 50)
     ) as answer:
-        engines[0].step()
         pieces = answer.iter_raw()
         next(pieces)
         refused(gateway.ask(), 429, "1 requests are in work and 0 wait")
@@ -795,11 +797,18 @@ def test_a_stream_holds_its_place_to_the_end(serve, engines):
 # ---- replicas that fail
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
-@pytest.mark.parametrize("failure", ["refuses", "500", "502", "503", "close", "early death"])
+@pytest.mark.parametrize(
+    ("failure", "stream"),
+    [
+        *(
+            (failure, stream)
+            for failure in ("refuses", "500", "502", "503", "close")
+            for stream in (False, True)
+        ),
+        ("early death", True),
+    ],
+)
 def test_a_request_that_fails_goes_to_the_next_replica(serve, engines, failure, stream):
-    if failure == "early death" and not stream:
-        pytest.skip("a plain answer comes whole")
     gateway = serve(health_seconds=60)
     frame = red_scene(14, 14)
     own = next(engine for engine in engines if gateway.text(frame) and engine.requests)
@@ -958,13 +967,15 @@ def test_a_replica_that_is_not_healthy_is_not_asked(gateway, engines):
     assert engines[0].requests == []
 
 
-def test_an_engine_that_serves_something_else_is_kept_out(serve, engines):
-    engines[0].name = ""
-    try:
-        gateway = serve()
-        assert gateway.health()[engines[1].url] == "up"
-    finally:
-        engines[0].name = "backdrop"
+def test_an_engine_that_refuses_the_probe_is_kept_out(serve, engines):
+    engines[0].probe_mode = "400"
+    gateway = serve()
+    state = gateway.health()
+    assert (
+        "the engine answers a patch group with 400" in state[engines[0].url]
+        and "refused" in state[engines[0].url]
+    )
+    assert gateway.ask(red_scene()).status_code == 200 and engines[0].requests == []
 
 
 def owners(gateway: Running, engines, shades) -> dict[int, str]:
@@ -1047,20 +1058,19 @@ def test_a_stream_is_the_whole_answer(gateway, engines):
     assert len(events_of(answer.content)) == len(text) // PIECE + 3
 
 
-def test_events_come_as_they_are_made(gateway, engines):
-    for engine in engines:
-        engine.mode = "slow"
-    with gateway.client.stream(
-        "POST", f"{gateway.url}/v1/chat/completions", json=question(stream=True, text="a" * 100)
-    ) as answer:
+def test_events_come_as_they_are_made(serve, engines):
+    engines[1].stop()
+    engines[0].mode = "slow"
+    gateway = serve()
+    body = question(stream=True, text="a" * 100)
+    engines[0].step()
+    with gateway.client.stream("POST", f"{gateway.url}/v1/chat/completions", json=body) as answer:
         pieces = answer.iter_raw()
         for _ in range(3):
-            for engine in engines:
-                engine.step()
             assert next(pieces).startswith(b"data: {")
+            engines[0].step()
         assert gateway.metric("requests_in_flight") == 1
-        for engine in engines:
-            engine.step(100)
+        engines[0].step(100)
         assert b"".join(pieces).endswith(b"data: [DONE]\n\n")
 
 
@@ -1112,11 +1122,13 @@ def test_who_leaves_frees_the_place_and_the_engine(serve, engines, mode, stream,
     engines[0].mode = mode
     gateway = serve(limits={"concurrent": 1}, health_seconds=60)
     body = json.dumps(question(red_scene(), stream=stream)).encode()
-    engines[0].step(events)
+    if events:
+        engines[0].step(events)
     with connection(gateway, f"Content-Length: {len(body)}") as sending:
         sending.sendall(body)
-        if events:
-            assert b"data: {" in sending.recv(65536) + sending.recv(65536)
+        data = b""
+        while events and b"data: {" not in data:
+            data += sending.recv(65536)
         wait_until(lambda: engines[0].requests and engines[0].running)
         assert not gateway.is_idle()
     wait_until(lambda: engines[0].cancelled == 1 and engines[0].running == 0)
@@ -1186,25 +1198,21 @@ def test_who_leaves_ends_the_fetching(serve, engines):
 
 def test_images_are_decoded_one_at_a_time(serve, engines, monkeypatch):
     """A request of a few bytes may hold gigabytes of pixels."""
-    import gc
-
     import backdrop.serving.gateway as module
 
-    opened = []
+    kept, opened = [], []
     original = module.open_image
 
     def counting(data, max_pixels):
         image = original(data, max_pixels)
-        gc.collect()
-        opened.append(
-            sum(isinstance(each, Image.Image) and each.size == image.size for each in gc.get_objects())
-        )
+        opened.append(sum(earlier() is not None for earlier in kept))
+        kept.append(weakref.ref(image))
         return image
 
     monkeypatch.setattr(module, "open_image", counting)
     gateway = serve(workers=1)
     gateway.text(*[red_scene(14, 14).resize((211, 123)) for _ in range(4)])
-    assert len(opened) == 4 and max(opened) <= opened[0]
+    assert opened == [0] * 4
 
 
 # ---- metrics, starting, stopping
@@ -1249,13 +1257,11 @@ def test_a_failure_of_the_gateways_own_is_logged_and_frees_the_place(serve, capl
 def test_stopping_finishes_a_running_stream(serve, engines):
     for engine in engines:
         engine.mode = "slow"
+        engine.step()
     gateway = serve()
-    with gateway.client.stream(
-        "POST", f"{gateway.url}/v1/chat/completions", json=question(red_scene(), stream=True)
-    ) as answer:
+    body = question(red_scene(), stream=True)
+    with gateway.client.stream("POST", f"{gateway.url}/v1/chat/completions", json=body) as answer:
         pieces = answer.iter_raw()
-        for engine in engines:
-            engine.step()
         data = next(pieces)
         gateway.end()
         wait_until(lambda: not gateway.server.servers[0].is_serving())
