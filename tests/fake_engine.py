@@ -355,7 +355,7 @@ def question_of(body: dict) -> str:
 def red_processor() -> BackdropProcessor:
     """As the fixture `processor`, for fixtures that live longer than a test."""
     import tiny
-    from conftest import RedDetector
+    from red_detector import RedDetector
 
     from backdrop.hub_export.convert import chat_template
     from backdrop.processing.image_processing_backdrop import BackdropImageProcessor

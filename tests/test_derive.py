@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from conftest import RedDetector
 from datasets import Dataset, Features, Image, Value, disable_progress_bars, load_from_disk
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
+from red_detector import RedDetector
 
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.patch_groups_backdrop import (

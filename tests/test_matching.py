@@ -112,7 +112,7 @@ def test_every_patch_of_every_frame_is_fresh_or_within_the_bound(
 @pytest.fixture(scope="module")
 def image_processor_factory():
     import tiny
-    from conftest import RedDetector
+    from red_detector import RedDetector
 
     from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 

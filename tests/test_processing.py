@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from red_detector import RedDetector
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
@@ -263,10 +264,8 @@ def test_inside_vllm_an_ordinary_image_is_one_group(processor, monkeypatch):
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 42), st.integers(0, 42), st.integers(0, 30))
 def test_an_image_and_its_groups_give_identical_inputs(x, y, width):
-    import conftest
-
     processor = BackdropImageProcessor(**SIZES, margin=0)
-    processor.set_detector(conftest.RedDetector())
+    processor.set_detector(RedDetector())
     image = scene(x, y, width)
     groups = groups_of(processor, image)
     ordinary, ready = processor(image, return_tensors="pt"), processor(groups, return_tensors="pt")
