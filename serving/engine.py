@@ -191,7 +191,8 @@ class Engine:
                 await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
             except asyncio.TimeoutError:
                 self._signal(signal.SIGKILL)
-                await self._process.wait()
+                with contextlib.suppress(asyncio.TimeoutError):  # one that hangs in a driver is left behind
+                    await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
         self._signal(signal.SIGKILL)  # workers that outlived their parent
         if self._task is not None:
             self._task.cancel()

@@ -50,6 +50,8 @@ def processor():
 @pytest.fixture(scope="module")
 def running_engines(processor):
     found = [FakeEngine(processor), FakeEngine(processor)]
+    for engine in found:
+        engine.start()
     yield found
     for engine in found:
         engine.stop()
@@ -141,6 +143,10 @@ def gateway(serve):
 @pytest.fixture(scope="module")
 def one_gateway(running_engines, processor):
     """For requests that never get as far as an engine."""
+    for engine in running_engines:
+        engine.reset()
+        if engine._thread is None:
+            engine.start()
     gateway = Gateway(
         make_settings(
             replicas=[engine.url for engine in running_engines],
@@ -149,10 +155,6 @@ def one_gateway(running_engines, processor):
         ),
         processor,
     )
-    for engine in running_engines:
-        engine.reset()
-        if engine._thread is None:
-            engine.start()
     with Running(gateway) as running:
         yield running
         running.client.close()
@@ -1037,7 +1039,9 @@ def test_one_replica_that_hangs_does_not_hide_another():
         async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
             replicas = Replicas(["http://hangs", "http://works"], client, seconds=0.01)
             await replicas.start()
-            first, alive = False, True
+            first = False
+            await asyncio.sleep(0.05)
+            alive = True
             await asyncio.sleep(0.1)
             found = [replica.up for replica in replicas.replicas]
             await replicas.stop()
@@ -1180,7 +1184,7 @@ def test_one_image_that_fails_ends_the_fetching_of_the_others(serve, engines):
     gateway = serve(web.parts())
     answer = gateway.ask("http://example.org/slow", "http://example.org/missing", "http://example.org/slow")
     refused(answer, 400, "host 'example.org' answered 404 for an image")
-    wait_until(lambda: web.left == web.asked - 1)
+    wait_until(lambda: web.left == web.asked - 1, 1)
     assert asked(*engines) == []
 
 
