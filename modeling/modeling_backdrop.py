@@ -80,6 +80,7 @@ class BackdropPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    _keys_of_the_head: str | None = None
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -111,6 +112,8 @@ class BackdropPreTrainedModel(PreTrainedModel):
         problems = []
         for title in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(title) or ())
+            if title == "unexpected_keys" and cls._keys_of_the_head:
+                names = [name for name in names if not name.startswith(cls._keys_of_the_head)]
             if names:
                 shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
                 problems.append(f"{len(names)} {title.replace('_', ' ')} ({shown})")
@@ -178,10 +181,8 @@ class BackdropPreTrainedModel(PreTrainedModel):
 class BackdropModel(BackdropPreTrainedModel):
     """Tower, projector, prefusion and language model, without the head."""
 
-    _keys_to_ignore_on_load_unexpected = [
-        *BackdropPreTrainedModel._keys_to_ignore_on_load_unexpected,
-        r"^lm_head\.",
-    ]
+    # Not among the keys to ignore: vLLM, which puts a head of its own on this class, would not load it then.
+    _keys_of_the_head = "lm_head."
 
     def __init__(self, config: BackdropConfig):
         super().__init__(config)

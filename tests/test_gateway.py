@@ -899,6 +899,15 @@ def test_when_all_are_gone_there_is_an_end_to_it(gateway, engines, stream):
     assert gateway.ask(red_scene()).status_code == 200
 
 
+def test_no_replica_is_asked_twice_for_one_request(serve, engines):
+    gateway = serve()
+    gateway.gateway.replicas.down = lambda *arguments: None  # as if each were seen to be up again at once
+    for engine in engines:
+        engine.mode = "early death"
+    refused(gateway.ask(red_scene(), stream=True), 502, "none is left")
+    assert [len(engine.requests) for engine in engines] == [1, 1]
+
+
 def test_before_any_replica_was_up_there_is_a_503_and_it_comes_later(serve, engines):
     for engine in engines:
         engine.stop()
@@ -1195,7 +1204,7 @@ def test_who_leaves_ends_the_fetching(serve, engines):
     with connection(gateway, f"Content-Length: {len(body)}") as sending:
         sending.sendall(body)
         wait_until(lambda: web.asked)
-    wait_until(lambda: web.left == 1)
+    wait_until(lambda: web.left == 1, 1)
     wait_until(gateway.is_idle)
     assert asked(*engines) == []
 

@@ -1,10 +1,13 @@
 """The model against its slow paths: LLaVA, block-diagonal attention, one row at a time, no cache."""
 
+import re
+
 import pytest
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel, Dinov2Model, Qwen2Config, SiglipVisionModel
 
 from backdrop.hub_export.convert import extend_model, fold_prefusion
@@ -581,3 +584,24 @@ def test_what_vllm_cannot_run_is_refused_when_it_builds_the_model(changes, named
     config.text_config._attn_implementation = "vllm"
     with pytest.raises(ValueError, match=named):
         BackdropModel(config)
+
+
+def test_no_weight_is_among_the_keys_to_ignore():
+    # vLLM leaves out of a checkpoint what the class that it builds ignores: an untied head must not be.
+    model = tiny.backdrop_model(num_prefusion_layers=1, separate_vision_towers=True, separate_projectors=True)
+    for cls in (BackdropModel, BackdropForConditionalGeneration):
+        for pattern in cls._keys_to_ignore_on_load_unexpected:
+            assert not [name for name in model.state_dict() if re.search(pattern, name)], pattern
+
+
+def test_the_base_model_loads_from_a_folder_with_a_head_and_from_no_other(tmp_path):
+    model = tiny.backdrop_model()
+    model.save_pretrained(tmp_path)
+    base = BackdropModel.from_pretrained(tmp_path)
+    assert all(
+        torch.equal(value, model.model.state_dict()[name]) for name, value in base.state_dict().items()
+    )
+    state = load_file(tmp_path / "model.safetensors") | {"lm_tail.weight": torch.ones(1)}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="lm_tail"):
+        BackdropModel.from_pretrained(tmp_path)
