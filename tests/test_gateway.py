@@ -337,10 +337,11 @@ def test_the_gateways_own_logit_bias_wins(gateway, engines, processor):
 
 
 def test_split_off_sends_whole_images(serve, engines, processor):
+    engines[1].stop()
     gateway = serve(split=False)
     for shade in (90, 92):
         gateway.text(red_scene(14, 14, shade))
-    for body, shade in zip(asked(*engines), (90, 92), strict=False):
+    for body, shade in zip(engines[0].requests, (90, 92), strict=True):
         (part,) = image_parts(body["messages"])
         group = group_of(part, processor)
         assert group.kind == BACKGROUND and group.patch_mask.all()
@@ -718,11 +719,11 @@ def test_a_body_in_chunks_is_read_up_to_the_limit(serve):
 
 
 def test_a_body_that_does_not_come_is_a_408(serve):
-    gateway = serve(limits={"read_seconds": 0.05, "concurrent": 1})
+    gateway = serve(limits={"read_seconds": 0.2, "concurrent": 1})
     with connection(gateway, "Content-Length: 1000") as sending:
         sending.sendall(b"{")
         status, body = status_of(sending)
-    assert status == 408 and "the body did not arrive within 0.05 s" in body
+    assert status == 408 and "the body did not arrive within 0.2 s" in body
     assert gateway.ask().status_code == 200
 
 
@@ -930,17 +931,17 @@ def test_before_any_replica_was_up_there_is_a_503_and_it_comes_later(serve, engi
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
 def test_a_silent_replica_is_a_504_and_stays(serve, engines, stream):
-    gateway = serve(limits={"first_token_seconds": 0.1}, health_seconds=60)
+    gateway = serve(limits={"first_token_seconds": 0.5}, health_seconds=60)
     for engine in engines:
         engine.mode = "slow" if stream else "hang"
-    error = refused(gateway.ask(red_scene(), stream=stream), 504, "no answer from the engine within 0.1 s")
+    error = refused(gateway.ask(red_scene(), stream=stream), 504, "no answer from the engine within 0.5 s")
     assert error["code"] == "engine_timeout"
     assert len(asked(*engines)) == 1 and set(gateway.health().values()) == {"up"}
     wait_until(lambda: sum(engine.cancelled for engine in engines) == 1)
 
 
 def test_a_replica_that_falls_silent_within_an_answer_is_told(serve, engines):
-    gateway = serve(limits={"first_token_seconds": 0.1}, health_seconds=60)
+    gateway = serve(limits={"first_token_seconds": 0.5}, health_seconds=60)
     for engine in engines:
         engine.mode = "slow"
         engine.step()
@@ -989,17 +990,17 @@ def test_an_engine_that_refuses_the_probe_is_kept_out(serve, engines):
     assert gateway.ask(red_scene()).status_code == 200 and engines[0].requests == []
 
 
-def owners(gateway: Running, engines, shades) -> dict[int, str]:
-    """Whose each background is: two frames of it, with different objects, go to the same replica."""
+def owners(gateway: Running, engines, shades, places=(0,)) -> dict[int, str]:
+    """Whose each background is: all frames of it, with objects at different places, go to the same replica."""
     found = {}
     for shade in shades:
         before = [len(engine.requests) for engine in engines]
-        for x in (0, 28):
+        for x in places:
             gateway.text(red_scene(x, 14, shade))
         (found[shade],) = [
             engine.url
             for engine, count in zip(engines, before, strict=True)
-            if len(engine.requests) == count + 2
+            if len(engine.requests) == count + len(places)
         ]
     return found
 
@@ -1007,15 +1008,12 @@ def owners(gateway: Running, engines, shades) -> dict[int, str]:
 def test_a_background_stays_with_its_replica(serve, engines):
     gateway = serve(secret="always the same")
     shades = range(0, 250, 15)
-    first = owners(gateway, engines, shades)
+    first = owners(gateway, engines, shades, (0, 28))
     assert set(first.values()) == {engine.url for engine in engines}
     assert owners(gateway, engines, shades) == first
     engines[0].stop()
     gateway.wait_for(engines[0], up=False)
-    before = len(engines[1].requests)
-    for shade in shades:
-        gateway.text(red_scene(0, 14, shade))
-    assert len(engines[1].requests) >= before + len(shades)
+    assert set(owners(gateway, engines, shades).values()) == {engines[1].url}
     engines[0].start()
     gateway.wait_for(engines[0])
     assert owners(gateway, engines, shades) == first
@@ -1052,7 +1050,10 @@ def test_one_replica_that_hangs_does_not_hide_another():
             first = False
             await asyncio.sleep(0.05)
             alive = True
-            await asyncio.sleep(0.1)
+            for _ in range(200):
+                if replicas.replicas[1].up:
+                    break
+                await asyncio.sleep(0.01)
             found = [replica.up for replica in replicas.replicas]
             await replicas.stop()
             left = len(asyncio.all_tasks()) - 1
