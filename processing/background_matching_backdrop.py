@@ -158,10 +158,11 @@ class BackgroundMatcher:
             self._counts["expired"] += self._store.forget_expired()
             candidates = self._store.worth_trying(namespace, image, self.tolerance)
         best, promising, hopeless = None, 0, 0
-        for bound, reference_id in candidates[:MAX_COMPARISONS]:
-            # The rest is ordered by this bound: none can be better, or is likely to be.
-            if best is not None and (best.fresh.sum() <= bound or bound > 1.25 * promising + 2):
+        for score, bound, reference_id in candidates[:MAX_COMPARISONS]:
+            if best is not None and score > 1.25 * promising + 2:  # the rest promises less still
                 break
+            if best is not None and best.fresh.sum() <= bound:
+                continue
             with self._lock:
                 if reference_id not in self._store:  # evicted by another thread meanwhile
                     continue
@@ -174,7 +175,7 @@ class BackgroundMatcher:
             if hopeless == 2:  # and the rest promises less
                 break
             if found is not None and (best is None or found.fresh.sum() < best.fresh.sum()):
-                best, promising = found, bound
+                best, promising = found, score
         return best
 
     def _compare(self, reference: Reference, image: np.ndarray) -> Match | None:

@@ -16,6 +16,9 @@ import httpx
 
 logger = logging.getLogger(__name__)
 
+# Looks in a row that may go unanswered: an engine with much to do is late, and taking it out would lose its cache.
+PATIENCE = 3
+
 
 @dataclass
 class Replica:
@@ -27,6 +30,7 @@ class Replica:
         reason: why it is not up.
         checked: it was seen to read patch groups; asked again each time it comes back.
         in_flight: requests that it is working on for us.
+        late: looks in a row that it did not answer in time.
     """
 
     url: str
@@ -34,6 +38,7 @@ class Replica:
     reason: str = "not asked yet"
     checked: bool = False
     in_flight: int = 0
+    late: int = 0
 
 
 class Replicas:
@@ -119,6 +124,9 @@ class Replicas:
                 await self._probe(replica)
                 replica.checked = True
         except httpx.HTTPError as error:
+            if replica.up and isinstance(error, httpx.ReadTimeout) and replica.late + 1 < PATIENCE:
+                replica.late += 1
+                return None
             return self.down(
                 replica, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             )
@@ -128,6 +136,7 @@ class Replicas:
             self.down(replica, str(error))
             replica.reason = str(error)
             return
+        replica.late = 0
         if not replica.up:
             replica.up, replica.reason = True, ""
             logger.info("replica %s is up", replica.url)

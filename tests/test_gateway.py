@@ -1062,6 +1062,38 @@ def test_one_replica_that_hangs_does_not_hide_another():
     assert asyncio.run(main()) == ([False, True], 0)
 
 
+@pytest.mark.parametrize("late, stays", ((1, True), (2, True), (3, False)))
+def test_a_busy_replica_keeps_its_backgrounds(late, stays):
+    """Late for a look or two it is only busy; refused connections count at once."""
+
+    async def main():
+        async def answer(request):
+            if failure is not None:
+                raise failure("no", request=request)
+            return httpx.Response(200)
+
+        failure = None
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
+            replicas = Replicas(["http://one"], client)
+            (replica,) = replicas.replicas
+            await replicas.look()
+            failure = httpx.ReadTimeout
+            for _ in range(late):
+                await replicas.look()
+            states = [replica.up]
+            failure = None
+            await replicas.look()
+            failure = httpx.ReadTimeout
+            await replicas.look()  # counted anew
+            states.append(replica.up)
+            failure = httpx.ConnectError
+            await replicas.look()
+            states.append(replica.up)
+        return states
+
+    assert asyncio.run(main()) == [stays, True, False]
+
+
 # ---- streams
 
 

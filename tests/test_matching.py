@@ -21,6 +21,7 @@ from backdrop.processing.patch_groups_backdrop import (
     reusable_patches,
 )
 from backdrop.processing.reference_store_backdrop import ReferenceStore
+from backdrop.train.scenes import render_scene
 
 WHOLE = np.ones(16, dtype=bool)
 
@@ -318,7 +319,7 @@ def test_the_store_keeps_what_a_dictionary_would(steps, max_references):
                 model[chosen] = model.pop(chosen)
         assert len(store) == len(model)
         for namespace in {name for name, _ in model.values()}:
-            found = {reference_id for _, reference_id in store.worth_trying(namespace, flat(8, 0), 0)}
+            found = {reference_id for *_, reference_id in store.worth_trying(namespace, flat(8, 0), 0)}
             assert found == {i for i, (name, _) in model.items() if name == namespace}
         for reference_id, (_, colour) in model.items():
             assert (store.read(reference_id).pixels == colour).all()
@@ -334,10 +335,34 @@ def test_the_lower_bound_is_one(seed, tolerance):
         image = np.clip(base + rng.normal(0, rng.uniform(0, 12), base.shape), 0, 255).astype(np.uint8)
         image[: rng.integers(0, 40)] = 0
         store.add("", image, rng.random(64) < 0.9)
-    for bound, reference_id in store.worth_trying("", base, tolerance):
+    for _, bound, reference_id in store.worth_trying("", base, tolerance):
         reference = store.read(reference_id)
         reusable = reusable_patches(reference.pixels, base, 7, tolerance)[0] & reference.patch_mask
         assert bound <= (~reusable).sum()
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 10.0])
+def test_others_of_the_same_kind_with_larger_masks_do_not_hide_the_right_one(tolerance):
+    """A phone among a hundred phones: the bound alone put those first that own more patches."""
+    rng = np.random.default_rng(0)
+    images = phone_screens(100)
+    matcher = BackgroundMatcher(14, tolerance, max_references=200)
+    masks = [np.ones((12, 12), dtype=bool) for _ in images]
+    for mask in masks:  # objects in front, some large
+        (height, width), (top, left) = rng.integers(2, 9, 2), rng.integers(0, 4, 2)
+        mask[top : top + height, left : left + width] = False
+    masks = [mask.reshape(-1) for mask in masks]
+    for image, mask in zip(images, masks, strict=True):
+        matcher.add(image, mask)
+    for number in np.argsort([mask.sum() for mask in masks])[:20]:  # those that own the fewest
+        match = matcher.find(images[number])
+        # Another one may do even better: phones have much in common.
+        assert match is not None and match.fresh.sum() <= (~masks[number]).sum()
+
+
+def phone_screens(count: int) -> list[np.ndarray]:
+    """Phones' screens, one per background."""
+    return [np.asarray(render_scene("phone", 120_000 + seed, 0).image) for seed in range(count)]
 
 
 @pytest.mark.parametrize("with_index", [True, False])

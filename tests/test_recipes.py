@@ -507,6 +507,10 @@ def test_a_matrix_is_a_star_or_a_product():
     cells = matrix.cells()
     assert cells[0].name == "base" and len({cell.folder for cell in cells}) == len(cells)
     assert all(len(cell.changes) == 1 for cell in cells[1:])
+    # What only the score changes is not trained again.
+    shared = {cell.name for cell in cells[1:] if matrix.trained_as(cell) != cell}
+    assert shared == {"bits=8", "bits=8, no outliers", "bits=4"}
+    assert all(matrix.trained_as(cell) == cells[0] for cell in cells if cell.name in shared)
     axes = {
         "a": {"1": {"learning_rate": 1}, "2": {"rows": {"pair": 0}}},
         "b": {"x": {}, "y": {"forms": ["llava"]}},

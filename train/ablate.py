@@ -89,6 +89,14 @@ class Matrix:
         star = [self._cell({axis: value}) for axis, values in self.axes.items() for value in values]
         return [self._cell({}), *star]
 
+    def trained_as(self, cell: Cell) -> Cell:
+        """The first cell that trains as this one does: cells that differ in how they are scored share one training."""
+
+        def training(of: Cell) -> tuple:
+            return of.recipe, of.rows, of.start
+
+        return next(other for other in self.cells() if training(other) == training(cell))
+
     def _cell(self, changes: dict[str, str]) -> Cell:
         recipe, rows = dict(self.base), dict(self.rows)
         forms, start = tuple(self.score.get("forms", ("split",))), self.start
@@ -119,7 +127,8 @@ def read_matrix(path: Path) -> Matrix:
 
 def run_cell(cell: Cell, seed: int, matrix: Matrix) -> dict:
     """Sets the cell's switches, makes its rows, trains, scores: form -> records, and the minutes that training took."""
-    out = Path(matrix.out, f"seed{seed}", cell.folder)
+    folder = Path(matrix.out, f"seed{seed}")
+    out = folder / matrix.trained_as(cell).folder
     switches = {key: value for key, value in cell.recipe.items() if key in SWITCHES}
     training = {key: value for key, value in cell.recipe.items() if key not in SWITCHES}
     for key in ("image_position",):  # the rows follow it too
@@ -139,7 +148,7 @@ def run_cell(cell: Cell, seed: int, matrix: Matrix) -> dict:
         write_atomically(minutes, json.dumps((time.monotonic() - begun) / 60) + "\n")
     score = read_score({**matrix.score, "forms": cell.forms, "loaded": cell.loaded})
     return {
-        "records": score.records(model, out / "score"),
+        "records": score.records(model, folder / cell.folder / "score"),
         "minutes": round(json.loads(minutes.read_text()), 1),
     }
 

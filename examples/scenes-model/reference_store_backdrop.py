@@ -33,6 +33,8 @@ INDEX_FROM = (
     262_144  # below, the exact product is as fast as a graph index of equal recall (benchmarks/matching.py)
 )
 PROPOSALS = 64  # nearest descriptors that are looked at beyond the limit
+CHANGED = 8.0  # grey levels beyond the tolerance by which a region's mean tells that it shows something else
+UNLIKE = 3.0  # a changed patch tells of another background, one that is not owned does not
 FIRST_CHUNK = 16  # slots; every further chunk doubles what there is
 
 
@@ -149,12 +151,16 @@ class ReferenceStore:
         if reference_id in self._entries:
             self._entries.move_to_end(reference_id)
 
-    def worth_trying(self, namespace: str, image: np.ndarray, tolerance: float) -> list[tuple[int, int]]:
-        """`(lower bound, reference id)`, the most promising first.
+    def worth_trying(
+        self, namespace: str, image: np.ndarray, tolerance: float
+    ) -> list[tuple[float, int, int]]:
+        """`(score, lower bound, reference id)`, the lowest score first.
 
         The lower bound counts patches that are fresh for certain: those that the reference does not own, and so many
         of each region that it owns whole as must have changed for its mean colour to be off by more than the
-        tolerance (the mean of absolute differences is no smaller than the difference of means).
+        tolerance (the mean of absolute differences is no smaller than the difference of means). It is a weak one, which
+        other backgrounds with larger masks beat; the score takes a region whose mean is off by `CHANGED` for changed, and
+        counts `UNLIKE` times what is changed against what is not owned.
         """
         shelf = self._shelves.get((namespace, image.shape[0]))
         if shelf is None:
@@ -256,7 +262,7 @@ class _Shelf:
                 self.rows[moved] = row
         return moved if removed != moved else None
 
-    def worth_trying(self, query: np.ndarray, tolerance: float) -> list[tuple[int, int]]:
+    def worth_trying(self, query: np.ndarray, tolerance: float) -> list[tuple[float, int, int]]:
         rows = self._proposals(query)
         distance = np.abs(self.means[rows] - query).sum(axis=1)  # [n, regions]
         distance /= 3
@@ -264,15 +270,17 @@ class _Shelf:
         excess = np.maximum(distance - (tolerance + 1e-2), 0) * self.owned[rows]
         changed = np.ceil(excess * (self.patches_in_region / max(255 - tolerance, 1)))
         bounds = self.unowned_patches[rows] + changed.sum(axis=1).astype(np.int32)
-        # Among equal bounds the one that is closer on the whole; an object's region counts as far, not as infinitely far.
+        unlike = np.maximum(changed, np.minimum(excess / CHANGED, 1) * self.patches_in_region)
+        scores = self.unowned_patches[rows] + UNLIKE * unlike.sum(axis=1)
+        # Among equal scores the one that is closer on the whole; an object's region counts as far, not as infinitely far.
         closeness = np.minimum(distance, 32.0).sum(axis=1)
         if len(bounds) > PROPOSALS:
-            likely = np.argpartition(bounds, PROPOSALS)[:PROPOSALS]
-            best = likely[np.lexsort((closeness[likely], bounds[likely]))]
+            likely = np.argpartition(scores, PROPOSALS)[:PROPOSALS]
+            best = likely[np.lexsort((closeness[likely], scores[likely]))]
         else:
-            best = np.lexsort((closeness, bounds))
+            best = np.lexsort((closeness, scores))
         ids = self.ids[rows]
-        return [(int(bounds[i]), int(ids[i])) for i in best]
+        return [(float(scores[i]), int(bounds[i]), int(ids[i])) for i in best]
 
     def _proposals(self, query: np.ndarray) -> np.ndarray | slice:
         if self.count <= EXHAUSTIVE_LIMIT:

@@ -68,6 +68,10 @@ class Stack:
             time.sleep(0.5)
         raise AssertionError(f"not all replicas came up: {self.states()}\n{self.log.read_text()[-3000:]}")
 
+    def changes(self) -> str:
+        """What the gateway's log says of replicas that came and went."""
+        return "\n".join(line for line in self.log.read_text().splitlines() if "replica" in line)
+
     def metric(self, name: str) -> float:
         text = httpx.get(f"{self.url}/metrics", timeout=10).text
         found = re.search(rf"^{re.escape(name)} (.*)$", text, re.MULTILINE)
