@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from packaging.version import Version
 from safetensors.torch import load_file
 from test_training import base, trainer_for  # noqa: F401
 from trl import ModelConfig
@@ -230,6 +232,7 @@ def test_streamed_rows_train(base):  # noqa: F811
     assert (base / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.skipif(Version(version("trl")) < Version("1.16"), reason="the estimate runs TRL 1.16's loss")
 def test_a_dry_run_prints_what_trains_and_what_it_needs(base, capsys):  # noqa: F811
     (base / "model" / "model.safetensors").unlink()  # no weight is read
     words = ["--model", base / "model", "--dataset", base / "rows", "--output_dir", base / "out", *CPU]
