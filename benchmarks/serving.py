@@ -7,7 +7,7 @@ Three ways take turns, in slices, against servers that run all the while:
 
 - `split`: `backdrop serve`: the gateway splits and matches, vLLM's Transformers backend answers;
 - `whole`: the same engine behind `--no-split`: every frame is one background group;
-- `llava`: the same weights as a `LlavaForConditionalGeneration` checkpoint on vLLM's own LLaVA, without a gateway.
+- `llava`: the same weights as a `LlavaForConditionalGeneration` checkpoint on the same backend, without a gateway.
 
 So many clients ask again as soon as they have their answer; every frame is new, as a camera's are. With `--shape` the
 weights are random and answers mean nothing; the times are those of the shape.
@@ -210,7 +210,7 @@ def _servers(
         "split": [*gateway, str(split)],
         "whole": [*gateway, str(whole), "--no-split"],
     }
-    commands["stock"] = _own_llava(commands["stock"])
+    commands["stock"] = _stock_flags(commands["stock"])
     urls = {"engine": first.url, "stock": second.url}
     urls |= {name: f"http://127.0.0.1:{port}" for name, port in (("split", split), ("whole", whole))}
     running: dict[str, subprocess.Popen] = {}
@@ -236,10 +236,10 @@ def _servers(
                     os.killpg(process.pid, signal.SIGKILL)
 
 
-def _own_llava(command: list[str]) -> list[str]:
-    """vLLM's own LLaVA, with its processor cache, in place of the Transformers backend."""
+def _stock_flags(command: list[str]) -> list[str]:
+    """Without what patch groups need: with the processor cache, and images as RGB."""
     kept = list(command)
-    for flag in ("--model-impl", "--media-io-kwargs", "--mm-processor-cache-gb"):
+    for flag in ("--media-io-kwargs", "--mm-processor-cache-gb"):
         at = kept.index(flag)
         del kept[at : at + 2]
     return kept
