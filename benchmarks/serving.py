@@ -35,11 +35,12 @@ from rich.console import Console
 from tqdm import tqdm
 from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
+from backdrop.hub_export.convert import chat_template
 from backdrop.hub_export.export import export, load_checkpoint
 from backdrop.serving.engine import EngineSettings, find_engine_python, kv_cache_bytes
 
 from .report import machine, versions, write_json_atomically
-from .traffic import Ask, Outcome, SceneTraffic, drive, png_url, summarize
+from .traffic import Ask, Outcome, SceneTraffic, drive, is_foreign, png_url, summarize
 from .ttft import (
     QUESTION,
     SHAPES,
@@ -117,9 +118,11 @@ def make_folders(model: str | None, shape: str | None, folder: Path) -> tuple[Pa
         processor = backdrop_processor(SHAPES[shape], build_detector("cpu"))
         # A network of real size that a folder can carry; what it finds in these frames does not matter.
         processor.image_processor.set_detector(build_yolo("cpu"))
+        stock_processor = llava_processor(SHAPES[shape])
+        processor.chat_template = stock_processor.chat_template = chat_template("")
         backdrop = folder / "backdrop"
         export(sharing_backdrop(weights), processor, backdrop)
-        llava = weights, llava_processor(SHAPES[shape])
+        llava = weights, stock_processor
     for part in llava:
         part.save_pretrained(folder / "llava")
     return backdrop, folder / "llava"
@@ -172,6 +175,12 @@ def run_serving(
                 "concurrency": concurrency,
                 "slice_seconds": slice_seconds,
                 "fresh_share": fresh_share if shape else None,
+                "foreign": [
+                    {"mode": m, "question": o.ask.question, "right": o.ask.answer, "answer": o.text}
+                    for m in MODES
+                    for o in outcomes[m]
+                    if is_foreign(o, traffic.names)
+                ],
                 "modes": {m: asdict(summarize(outcomes[m], traffic.names, spent[m])) for m in MODES},
                 "machine": machine("cpu"),
                 "versions": versions(),
@@ -214,6 +223,8 @@ def _servers(
     urls = {"engine": first.url, "stock": second.url}
     urls |= {name: f"http://127.0.0.1:{port}" for name, port in (("split", split), ("whole", whole))}
     running: dict[str, subprocess.Popen] = {}
+    # Ended by a signal, the servers end with us.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         for names in (("engine", "stock"), ("split", "whole")):
             for name in names:
@@ -225,6 +236,7 @@ def _servers(
                 _wait(running[name], urls[name], folder / f"{name}.log")
         yield {"split": urls["split"], "whole": urls["whole"], "llava": urls["stock"]}
     finally:
+        signal.signal(signal.SIGTERM, before)
         for process in running.values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)

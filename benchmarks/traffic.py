@@ -66,7 +66,7 @@ class Outcome:
         status: HTTP's; 0: the connection failed.
         text: the answer; None: there is none.
         error: what the server said instead.
-        first_token: seconds to the first piece of the answer.
+        first_token: seconds to the first event of the answer, which vLLM sends with the first token.
         seconds: to the end.
         prompt_tokens, cached_tokens: of the usage.
     """
@@ -169,9 +169,8 @@ async def ask_once(
                     break
                 usage = chunk.get("usage") or usage
                 for choice in chunk.get("choices", ()):
-                    if choice["delta"].get("content"):
-                        first = first if first == first else time.perf_counter() - started
-                        text += choice["delta"]["content"]
+                    first = first if first == first else time.perf_counter() - started
+                    text += choice["delta"].get("content") or ""
     except httpx.HTTPError as problem:
         return Outcome(ask, 0, error=f"{type(problem).__name__}: {problem}")
     if not ended:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from backdrop.hub_export.export import ADAPTER_FILES, load_checkpoint
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
@@ -21,10 +22,16 @@ MODES = ("llava", "split", "cached", "matched")
 
 
 def load(model: str | Path, device: str = "auto"):
-    """(model, processor) of a folder or a Hub id; `auto` is a GPU if there is one. On a CPU in float32."""
+    """(model, processor) of a folder or a Hub id; `auto` is a GPU if there is one. On a CPU in float32.
+
+    The adapter in a folder is merged into its base.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {"dtype": torch.float32} if device == "cpu" else {}
+    if Path(model, ADAPTER_FILES[0]).is_file():
+        merged, processor = load_checkpoint(model)
+        return merged.to(device, **options).eval(), processor
     loaded = BackdropForConditionalGeneration.from_pretrained(model, **options).eval().to(device)
     return loaded, BackdropProcessor.from_pretrained(model)
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from test_training import base, trainer_for  # noqa: F401
 from trl import ModelConfig
 
+from backdrop.evaluation.answering import load
 from backdrop.hub_export.convert import chat_template
 from backdrop.hub_export.export import load_checkpoint
 from backdrop.modeling.configuration_backdrop import BackdropConfig
@@ -263,6 +264,12 @@ def test_lora_with_separators_trains_a_model_with_tied_embeddings(base):  # noqa
     changed = (trained.get_input_embeddings().weight != tied.get_input_embeddings().weight).any(-1)
     assert changed.nonzero().flatten().tolist() == sorted(separators)
     assert trained.lm_head.weight is trained.get_input_embeddings().weight
+    # The evaluation takes the adapter's folder as it is.
+    scored, _ = load(base / "out", "cpu")
+    assert all(
+        torch.equal(mine, theirs)
+        for mine, theirs in zip(scored.parameters(), trained.parameters(), strict=True)
+    )
 
 
 # ---- losses

@@ -31,7 +31,6 @@ from backdrop.evaluation.predictions import (
 from backdrop.evaluation.run import PREDICTIONS, evaluate_examples
 from backdrop.evaluation.scenes import BATCH, FORMS, MAX_NEW_TOKENS, answer_form, scene_questions
 from backdrop.evaluation.tasks import task
-from backdrop.hub_export.export import load_checkpoint
 
 from .assemble import ModelArguments, assemble
 from .data.load import examples
@@ -162,8 +161,6 @@ def load_for_scoring(model: Path, loaded: dict):
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a cast at every product
         arguments = ModelArguments(model=str(model), **{k: v for k, v in loaded.items() if k in names})
         made = assemble(arguments, ModelConfig(**{k: v for k, v in loaded.items() if k not in names}))
-    elif Path(model, "adapter_config.json").is_file():
-        made = load_checkpoint(model)
     else:
         made = load(str(model))
     made[0].eval()
