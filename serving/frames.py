@@ -27,6 +27,9 @@ from backdrop.processing.processing_backdrop import BackdropProcessor
 
 KEY_BYTES = 20
 FAST_COMPRESSION = 1  # of PNG: nobody keeps these
+# Less than the matcher's own 0.3: among the backgrounds of strangers some differ in a sign only, which would be stale
+# beside the fresh one (docs/serving.md).
+MAX_OVERRIDDEN = 0.1
 ENCODED_GROUPS = 64  # PNGs of the most recent backgrounds, which come again
 
 
@@ -77,7 +80,7 @@ class FrameSplitter:
     Args:
         processor: the served model's; it stays as it is: matching is switched on in a copy that shares its detector.
         tolerance: largest staleness that is reused, grey levels; 10 suits cameras, 0 reuses equal pixels only.
-        matching: options of `BackgroundMatcher`.
+        matching: options of `BackgroundMatcher`; max_overridden is 0.1 unless given.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class FrameSplitter:
         self.processor._live = copy.copy(images._live)
         self.processor._live.detector = images._live.detector
         self.processor._live.detector_key = images._live.detector_key
+        matching = {"max_overridden": MAX_OVERRIDDEN, **matching}
         self.matcher = self.processor.enable_background_matching(tolerance, **matching)
         self._encoded: OrderedDict[str, bytes] = OrderedDict()
         self._lock = threading.Lock()

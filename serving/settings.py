@@ -54,7 +54,7 @@ class Matching(BaseModel):
 
     tolerance: Annotated[float, Field(ge=0, le=255)] = 10.0
     min_reuse: Annotated[float, Field(gt=0, le=1)] = 0.3
-    max_overridden: Annotated[float, Field(ge=0, le=1)] = 0.3
+    max_overridden: Annotated[float, Field(ge=0, le=1)] = 0.1  # as `FrameSplitter`
     max_references: Count = 1024
     ttl: Positive | None = 24 * 3600.0
 

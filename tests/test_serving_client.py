@@ -40,8 +40,9 @@ from backdrop.processing.patch_groups_backdrop import (
 from backdrop.processing.processing_backdrop import BackdropProcessor
 from backdrop.serving import AsyncBackdropClient, BackdropClient, FrameSplitter
 from backdrop.serving.client import GATEWAY_MARK
-from backdrop.serving.frames import ENCODED_GROUPS, group_key
+from backdrop.serving.frames import ENCODED_GROUPS, MAX_OVERRIDDEN, group_key
 from backdrop.serving.prompts import EngineMismatchError, check_prompt_tokens, prompt_tokens
+from backdrop.serving.settings import Matching
 from backdrop.train.scenes import render_scene
 
 MODEL = Path(__file__).parent.parent / "examples" / "scenes-model"
@@ -543,3 +544,17 @@ def test_a_group_reaches_a_gateway_as_a_group(gateway, shared_processor):
     buffer = BytesIO()
     sent.save(buffer, "PNG")
     assert np.array_equal(np.asarray(sent)[..., :3], group.pixels)
+
+
+def test_streets_that_differ_in_their_sign_are_two_backgrounds():
+    """Found under load: the stale sign of another camera stood in the background, beside the fresh one."""
+    processor = BackdropProcessor.from_pretrained(MODEL)
+    first = np.asarray(render_scene("street", 115_900, 1).image)
+    second = first.copy()
+    second[:42, 28:126] = 255 - second[:42, 28:126]  # 21 of 144 patches
+    assert Matching().max_overridden == MAX_OVERRIDDEN
+    for options, alike in (({}, False), ({"max_overridden": 0.3}, True)):
+        splitter = FrameSplitter(processor, **options)
+        theirs = splitter.split(Image.fromarray(first)).background.key
+        found = splitter.split(Image.fromarray(second))
+        assert (found.background.key == theirs) == alike == bool(found.reused)
