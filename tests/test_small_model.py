@@ -6,8 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
+from transformers import LlamaForCausalLM
 
 from backdrop.evaluation.scenes import FORMS
+from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
+from backdrop.processing.processing_backdrop import BackdropProcessor
+from backdrop.train import scene_model
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "scenes-model"
 
@@ -24,9 +30,20 @@ def test_the_accuracy_table_in_miniature(tmp_path):
         "--size",
         "miniature",
     ]
-    command += ["--detector-of", EXAMPLE, "--report", tmp_path / "table.json"]
+    command += ["--detector-of", EXAMPLE]
+    until = subprocess.run(
+        [str(part) for part in [*command, "--until", "scenes_llava_2"]], capture_output=True, text=True
+    )
+    assert until.returncode == 0, until.stderr[-2000:]
+    start = tmp_path / "work" / "scenes_llava_2" / "model"
+    assert f"model: {start}" in until.stdout and (start / "config.json").is_file()
+    assert not (tmp_path / "work" / "scenes_llava_3").exists()
+    early = (start.parent / "done.json").stat().st_mtime_ns
+
+    command += ["--report", tmp_path / "table.json"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert (start.parent / "done.json").stat().st_mtime_ns == early  # the chain went on from there
     report = json.loads((tmp_path / "table.json").read_text())
     assert set(report["forms"]) == set(FORMS)
     table = (tmp_path / "table.md").read_text()
@@ -46,3 +63,28 @@ def test_the_accuracy_table_in_miniature(tmp_path):
         again.returncode == 0
         and (tmp_path / "work" / "scenes_split" / "done.json").stat().st_mtime_ns == before
     )
+
+
+def test_a_pretrained_language_model_joins_the_tower_of_a_finished_model(tmp_path, monkeypatch):
+    tokenizer = tiny.tokenizer()
+    pretrained = LlamaForCausalLM(tiny.text_config(vocab_size=len(tokenizer), tie_word_embeddings=False))
+    pretrained.save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    arguments = ["--tower-of", EXAMPLE, "--detector-of", EXAMPLE, "--language-model", tmp_path / "llama"]
+    monkeypatch.setattr(
+        sys, "argv", ["scene_model", *(str(a) for a in arguments), "--out", str(tmp_path / "base")]
+    )
+    scene_model.main()
+    base = BackdropForConditionalGeneration.from_pretrained(tmp_path / "base")
+    finished = BackdropForConditionalGeneration.from_pretrained(EXAMPLE)
+    tower, expected = base.model.vision_tower.state_dict(), finished.model.vision_tower.state_dict()
+    assert tower.keys() == expected.keys() and all(torch.equal(tower[name], expected[name]) for name in tower)
+    own, theirs = base.model.language_model.state_dict(), pretrained.model.state_dict()
+    embedding = "embed_tokens.weight"
+    rows = theirs[embedding].shape[0]
+    assert torch.equal(own.pop(embedding)[:rows], theirs.pop(embedding))
+    assert all(torch.equal(own[name], theirs[name]) for name in theirs)
+    processor = BackdropProcessor.from_pretrained(tmp_path / "base")
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") == base.config.image_token_id
+    ours, example = (folder / "detector.safetensors" for folder in (tmp_path / "base", EXAMPLE))
+    assert ours.read_bytes() == example.read_bytes()

@@ -71,11 +71,10 @@ def load_language_model(source: Path) -> tuple[LlamaForCausalLM, PreTrainedToken
 
 
 def build(
-    tower: Path, detector: ObjectDetector, seed: int = 0, language_model: Path | None = None
+    vision: CLIPVisionModel, detector: ObjectDetector, seed: int = 0, language_model: Path | None = None
 ) -> tuple[BackdropForConditionalGeneration, BackdropProcessor]:
     """Model and processor; without `language_model` a Llama of 4 layers of width 192, from scratch."""
     torch.manual_seed(seed)
-    vision = CLIPVisionModel.from_pretrained(tower)
     side, patch_size = vision.config.image_size, vision.config.patch_size
     if language_model is None:
         pretrained, tokenizer = None, scene_tokenizer(seed=seed)
@@ -126,7 +125,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tower", type=Path, required=True, help="folder of the pretrained CLIPVisionModel")
+    tower = parser.add_mutually_exclusive_group(required=True)
+    tower.add_argument("--tower", type=Path, help="folder of the pretrained CLIPVisionModel")
+    tower.add_argument("--tower-of", type=Path, help="model folder whose tower is taken")
     detector = parser.add_mutually_exclusive_group(required=True)
     detector.add_argument("--detector", type=Path, help="ultralytics checkpoint (.pt)")
     detector.add_argument("--detector-of", type=Path, help="model folder whose detector is taken")
@@ -138,7 +139,11 @@ def main() -> None:
         detector = ObjectDetector.from_name_or_path(str(options.detector))
     else:
         detector = ObjectDetector.from_folder(str(options.detector_of))
-    model, processor = build(options.tower, detector, options.seed, options.language_model)
+    if options.tower is not None:
+        tower = CLIPVisionModel.from_pretrained(options.tower)
+    else:
+        tower = BackdropForConditionalGeneration.from_pretrained(options.tower_of).model.vision_tower
+    model, processor = build(tower, detector, options.seed, options.language_model)
     model.save_pretrained(options.out)
     processor.save_pretrained(options.out)
     print(f"{options.out}: {model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens")

@@ -2,6 +2,7 @@
 
     python -m backdrop.train.small_model --work runs/scenes --report docs/scenes-accuracy.json
     python -m backdrop.train.small_model --work runs/seed1 --seed 1 --size reduced --report docs/scenes-accuracy-seed1.json
+    python -m backdrop.train.small_model --work runs/scenes --until scenes_llava_2
 
 Detector, tower, base model, rows in both forms, the recipes scenes_llava_1 to 4 (plain LLaVA) and scenes_split, which goes
 on in groups where scenes_llava_4 goes on with whole images; and the questions: same scenes, steps and sizes for both. A
@@ -60,19 +61,19 @@ SIZES = {
 }
 
 
-def make(work: Path, seed: int, size: Size, detector: Path | None = None, jobs: int = 1) -> tuple[Path, Path]:
+def make(
+    work: Path, seed: int, size: Size, detector: Path | None = None, jobs: int = 1, until: str | None = None
+) -> tuple[Path, ...]:
     """Trains both models; their folders, the LLaVA form first.
 
     Args:
         detector: a model folder whose detector is taken instead of training one.
         jobs: 2 trains both forms of the last stage at a time.
+        until: one of the first three stages; ends with its model, what ladders and ablations start from.
     """
     base = _base(work, seed, size, detector)
 
     rows = _rows(work, seed, size, base, WHOLE, "whole_1")
-    placed = _rows(work, seed + 1, size, base, WHOLE | PLACED, "whole_3")
-    hard = _rows(work, seed + 2, size, base, WHOLE | HARD, "whole_4")
-    groups = _rows(work, seed + 2, size, base, SHARES | HARD, "split")
 
     def train(name: str, start: Path, data: Path, steps: int) -> Path:
         recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
@@ -81,8 +82,14 @@ def make(work: Path, seed: int, size: Size, detector: Path | None = None, jobs: 
         return train_stage(recipe, start, work / name)
 
     start = base
-    for name, data, steps in zip(LLAVA[:3], (rows, rows, placed), size.steps[:3], strict=True):
-        start = train(name, start, data, steps)
+    for name, steps in zip(LLAVA[:3], size.steps[:3], strict=True):
+        if name == LLAVA[2]:
+            rows = _rows(work, seed + 1, size, base, WHOLE | PLACED, "whole_3")
+        start = train(name, start, rows, steps)
+        if name == until:
+            return (start,)
+    hard = _rows(work, seed + 2, size, base, WHOLE | HARD, "whole_4")
+    groups = _rows(work, seed + 2, size, base, SHARES | HARD, "split")
     with ThreadPoolExecutor(jobs) as pool:  # the work itself is done by child processes
         llava = pool.submit(train, LLAVA[3], start, hard, size.steps[3])
         split = pool.submit(train, GROUPS, start, groups, size.steps[3])
@@ -165,7 +172,7 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, required=True, help="folder of everything that is made on the way"
     )
-    parser.add_argument("--report", type=Path, required=True, help="JSON of the table; a .md lies beside it")
+    parser.add_argument("--report", type=Path, help="JSON of the table; a .md lies beside it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", choices=list(SIZES), default="full")
     parser.add_argument(
@@ -174,9 +181,20 @@ def main() -> None:
     parser.add_argument(
         "--jobs", type=int, default=1, choices=(1, 2), help="2: the last stage of both forms at a time"
     )
+    parser.add_argument(
+        "--until",
+        choices=LLAVA[:3],
+        help="train no further and make no table: where ladders and ablations start",
+    )
     options = parser.parse_args()
+    if (options.report is None) == (options.until is None):
+        parser.error("wanted either --report (the whole chain and its table) or --until (its first stages)")
     size = SIZES[options.size]
-    llava, groups = make(options.work, options.seed, size, options.detector_of, options.jobs)
+    models = make(options.work, options.seed, size, options.detector_of, options.jobs, options.until)
+    if options.until:
+        print(f"model: {models[0]}")
+        return
+    llava, groups = models
     sources = {"llava": str(llava), "model": str(groups)}
     report = run_scenes(
         {name: load(source, "cpu") for name, source in sources.items()},

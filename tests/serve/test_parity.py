@@ -118,7 +118,9 @@ def test_the_gateway_answers_as_transformers_does(stack, local):
 
 def test_the_second_frame_finds_its_background_cached_to_the_block(stack, local):
     _, processor = local
-    client = BackdropClient(f"{stack.engines[0]}/v1", processor=MODEL, tolerance=0, matching={"max_overridden": 0.3})
+    client = BackdropClient(
+        f"{stack.engines[0]}/v1", processor=MODEL, tolerance=0, matching={"max_overridden": 0.3}
+    )
     for family in FAMILIES:
         first, second = (render_scene(family, 115_500, frame) for frame in (1, 2))
         cold = client.ask(first.image, first.questions[0].question)
