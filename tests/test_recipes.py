@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import yaml
 from packaging.version import Version
@@ -24,10 +25,10 @@ from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.processing_backdrop import BackdropProcessor
 from backdrop.train import sft
-from backdrop.train.ablate import Matrix, markdown, plot, read_matrix
+from backdrop.train.ablate import Matrix, markdown, plot, read_matrix, run_matrix
 from backdrop.train.assemble import ModelArguments, assemble, quantization
 from backdrop.train.experiment import step, train_stage
-from backdrop.train.ladder import read_chain
+from backdrop.train.ladder import read_chain, run_ladder
 from backdrop.train.sft import build_trainer, outline_trainable, parse, run
 from backdrop.train.stages import check_start, read_stage
 from backdrop.train.trainable import select_trainable, trainable_rows
@@ -508,6 +509,60 @@ def test_the_ladder_reads_its_stages_and_refuses_unknown_keys(tmp_path):
     wrong.write_text("start: x\nout: y\nstages: []\nscore: {}\nrow: {}\n")
     with pytest.raises(ValueError, match=r"unknown keys \['row'\]"):
         read_chain(wrong)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_a_matrix_and_a_ladder_run_from_start_to_report(tmp_path):
+    """Far too few steps, but every step of both: switches set, rows made, trained, scored, a second run does nothing."""
+    example = Path(__file__).parent.parent / "examples" / "scenes-model"
+    rows = {"scenes": 8, "questions": 2}
+    score = {"forms": ["split"], "scenes": 3, "questions": 1}
+    cpu = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    recipe = {"trainable": ["multi_modal_projector"], "max_steps": 1, "assistant_only_loss": True, **cpu}
+    axes = {
+        "margin": {"0": {"margin": 0}},
+        "bits": {"8": {"loaded": {"load_in_8bit": True, "int8_threshold": 0}}},
+    }
+    matrix = {"start": str(example), "out": str(tmp_path / "matrix"), "rows": rows, "score": score}
+    matrix |= {"base": {"split": True, **recipe}, "axes": axes}
+    stages = {"first.yaml": {"train": False, "stage": "one"}}
+    stages["second.yaml"] = {
+        "trainable": ["lm_head"],
+        "max_steps": 1,
+        "stage": "two",
+        "requires_stage": "one",
+    }
+    chain = {"start": str(example), "out": str(tmp_path / "ladder"), "stages": list(stages)}
+    chain |= {"common": cpu, "rows": rows, "score": {"default": score}}
+    for name, values in {**stages, "chain.yaml": chain, "matrix.yaml": matrix}.items():
+        (tmp_path / name).write_text(yaml.safe_dump(values, sort_keys=False))
+
+    report = run_matrix(read_matrix(tmp_path / "matrix.yaml"))
+    assert not report["failed"], report["failed"]
+    assert [row["cell"] for row in report["cells"]] == ["base", "margin=0", "bits=8"]
+    assert all(row["score"]["questions"] == 3 for row in report["cells"])
+    assert all("to_base" in row for row in report["cells"][1:])
+    ladder = run_ladder(read_chain(tmp_path / "chain.yaml"))
+    assert list(ladder["stages"]) == ["first", "second"]
+    note = read_stage(tmp_path / "ladder" / "second" / "stage" / "model")
+    assert note["stage"] == "two" and note["start"]["stage"] == "one"
+
+    marks = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("done.json")}
+    assert run_matrix(read_matrix(tmp_path / "matrix.yaml"))["cells"] == report["cells"]
+    assert run_ladder(read_chain(tmp_path / "chain.yaml"))["stages"] == ladder["stages"]
+    assert marks == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("done.json")}
+
+
+def test_a_tied_head_is_selected_by_either_name():
+    """Found by the ladder's last stage: parameters are listed under their first name only."""
+    for tied in (True, False):
+        for pattern, names in (("lm_head", {"lm_head.weight"}), ("embed_tokens", {"embed_tokens"})):
+            model = tiny.backdrop_model(text_config=tiny.text_config(tie_word_embeddings=tied))
+            select_trainable(model, [pattern])
+            trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+            both = {"model.language_model.embed_tokens.weight", "lm_head.weight"}
+            assert trained == (both if tied else {n for n in both if any(name in n for name in names)})
 
 
 def test_a_matrix_is_a_star_or_a_product():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -13,7 +14,8 @@ from transformers import LlamaForCausalLM
 from backdrop.evaluation.scenes import FORMS
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.processing_backdrop import BackdropProcessor
-from backdrop.train import scene_model
+from backdrop.train import align_words, scene_model
+from backdrop.train.scenes import DENSE_LABELS
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "scenes-model"
 
@@ -88,3 +90,35 @@ def test_a_pretrained_language_model_joins_the_tower_of_a_finished_model(tmp_pat
     assert processor.tokenizer.convert_tokens_to_ids("<image>") == base.config.image_token_id
     ours, example = (folder / "detector.safetensors" for folder in (tmp_path / "base", EXAMPLE))
     assert ours.read_bytes() == example.read_bytes()
+
+    # Its projector then learns to give what the language model keeps under a patch's names, and nothing else changes.
+    align_words.main(
+        [
+            f"--model={tmp_path / 'base'}",
+            f"--out={tmp_path / 'aligned'}",
+            "--images=24",
+            "--steps=30",
+            "--batch-size=4",
+        ]
+    )
+    report = json.loads((tmp_path / "aligned" / "words.json").read_text())
+    assert report["unexplained"]["last"] < report["unexplained"]["first"] / 2
+    aligned = BackdropForConditionalGeneration.from_pretrained(tmp_path / "aligned").state_dict()
+    changed = {name for name, tensor in base.state_dict().items() if not torch.equal(tensor, aligned[name])}
+    assert changed and all("multi_modal_projector" in name for name in changed)
+
+
+def test_a_word_stands_for_each_class_and_a_patch_for_the_sum_of_its_words():
+    assert {head: len(words) + 1 for head, words in align_words.WORDS.items()} == {
+        head: classes for head, classes in DENSE_LABELS.items() if head != "anchor"
+    }
+    tokenizer = tiny.tokenizer()
+    embeddings = torch.randn(len(tokenizer), 8)
+    table = align_words.word_table(tokenizer, embeddings)
+    none = {head: np.zeros(2, np.int64) for head in align_words.WORDS}
+    assert not align_words.targets(table, none).any()
+    wanted = align_words.targets(table, none | {"glyph": np.array([8, 0]), "row": np.array([0, 3])})
+    seven = embeddings[tokenizer("7", add_special_tokens=False)["input_ids"]].mean(0) - embeddings.mean(0)
+    third = embeddings[tokenizer(" third", add_special_tokens=False)["input_ids"]].mean(0)
+    torch.testing.assert_close(wanted[0], align_words.WEIGHTS["glyph"] * seven)
+    torch.testing.assert_close(wanted[1], align_words.WEIGHTS["row"] * (third - embeddings.mean(0)))

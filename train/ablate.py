@@ -28,6 +28,7 @@ from .ladder import percent
 KEYS = {"start", "out", "design", "seeds", "rows", "score", "base", "axes"}
 DESIGNS = ("one_at_a_time", "product")
 BASE = "base"
+WHERE = ("use_cpu", "bf16", "fp16")  # without them TrainingArguments refuses a machine that has no GPU
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,8 @@ def run_cell(cell: Cell, seed: int, matrix: Matrix) -> dict:
     for key in ("image_position",):  # the rows follow it too
         if key in switches:
             training[key] = switches[key]
-    start = train_stage({"train": False, **switches}, cell.start, out / "start")
+    where = {key: cell.recipe[key] for key in WHERE if key in cell.recipe}
+    start = train_stage({"train": False, **switches, **where}, cell.start, out / "start")
     if matrix.rows:
         training["dataset"] = str(scene_rows(start, cell.rows, Path(matrix.out, "rows")))
     begun = time.monotonic()

@@ -176,7 +176,7 @@ def quantization(arguments: ModelArguments, options: ModelConfig) -> BitsAndByte
     if options.load_in_8bit:
         return BitsAndBytesConfig(
             load_in_8bit=True,
-            llm_int8_threshold=arguments.int8_threshold,
+            llm_int8_threshold=float(arguments.int8_threshold),  # YAML has whole numbers
             llm_int8_skip_modules=NOT_QUANTIZED,
         )
     return None

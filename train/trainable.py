@@ -51,12 +51,17 @@ def select_trainable(model: BackdropForConditionalGeneration, patterns: list[str
     """Freezes everything but the parameters in whose names one of the regular expressions is found.
 
     `separators` names the separators' rows of the embedding table (and of a tied head): the other rows of that table
-    get no gradient. The name of a part that this model does not have (`OPTIONAL_PARTS`) selects nothing.
+    get no gradient. A tied head trains with the embedding table, whichever of them is named. The name of a part that this
+    model does not have (`OPTIONAL_PARTS`) selects nothing.
 
     Raises:
         ValueError: another pattern that matches no parameter (named), or none given.
     """
-    names = [name for name, _ in model.named_parameters()]
+    # A tied head is the embedding table under a second name.
+    aliases: dict[nn.Parameter, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases[parameter].append(name)
+    names = [name for of_one in aliases.values() for name in of_one]
     found = {pattern: any(re.search(pattern, name) for name in names) for pattern in patterns}
     idle = [pattern for pattern, matches in found.items() if not matches and pattern not in OPTIONAL_PARTS]
     if idle or not patterns:
@@ -65,7 +70,7 @@ def select_trainable(model: BackdropForConditionalGeneration, patterns: list[str
         )
     unused = unused_parameters(model)
     for name, parameter in model.named_parameters():
-        chosen = any(re.search(pattern, name) for pattern in patterns)
+        chosen = any(re.search(pattern, alias) for pattern in patterns for alias in aliases[parameter])
         parameter.requires_grad_(chosen and name not in unused)
     embedding = model.get_input_embeddings()
     embedding.trained_rows = None
