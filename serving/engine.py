@@ -161,7 +161,17 @@ class Engine:
     _stopping: bool = False
 
     async def start(self) -> None:
-        """Starts it and goes on watching it. Raises `OSError` where there is no such program."""
+        """Starts it and goes on watching it.
+
+        Raises:
+            OSError: there is no such program.
+            RuntimeError: another server listens where it should; that one's answers would be taken for its own.
+        """
+        host, port = self.settings.host, self.settings.port
+        with contextlib.suppress(OSError):
+            _, writer = await asyncio.open_connection(host, port)
+            writer.close()
+            raise RuntimeError(f"port {port} of {host} is in use; wanted a free one for the engine.")
         await self._launch()
         self._task = asyncio.create_task(self._watch())
 

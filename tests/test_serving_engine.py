@@ -256,6 +256,21 @@ def test_it_starts_answers_and_stops(stub):
     asyncio.run(main())
 
 
+def test_another_server_on_its_port_is_not_taken_for_it(stub):
+    import socket
+
+    engine = stub()
+    with (
+        socket.create_server((engine.settings.host, engine.settings.port)),
+        pytest.raises(
+            RuntimeError, match=rf"port {engine.settings.port} of 127.0.0.1 is in use; wanted a free"
+        ),
+    ):
+        asyncio.run(engine.start())
+    assert not engine.log.exists(), "nothing was started"
+    asyncio.run(engine.stop())
+
+
 def test_a_killed_engine_is_started_again(stub, caplog):
     async def main():
         async with running(stub("worker")) as engine:
