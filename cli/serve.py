@@ -13,6 +13,10 @@ EPILOG = (
     "`curl localhost:8000/v1/models`; with keys and limits: `--config gateway.yaml`; vLLM's own options: `-- --enforce-eager`"
 )
 
+# Longer than clients (httpx and what is built on it: 5) and load balancers (usually 60) keep an idle connection: where both
+# give it up in the same moment, a request that is just being sent ends in a reset.
+KEEPALIVE_SECONDS = 75
+
 
 def serve(
     model: Annotated[str | None, typer.Argument(help="Exported Backdrop folder or Hub id.")] = None,
@@ -138,6 +142,7 @@ def _run(settings, engines, host: str, port: int, start_seconds: float) -> None:
                     make_app(settings),
                     host=host,
                     port=port,
+                    timeout_keep_alive=KEEPALIVE_SECONDS,
                     timeout_graceful_shutdown=30,
                     access_log=False,
                     lifespan="on",

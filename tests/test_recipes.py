@@ -689,3 +689,68 @@ def test_two_processes_train_alike(base):  # noqa: F811
         "checkpoint-2",
     ]
     BackdropForConditionalGeneration.from_pretrained(base / "two")
+
+
+SHARDED = {
+    "projector and separators": ("FULL_STATE_DICT", ["multi_modal_projector", "separators"], []),
+    "all but the tower": (
+        "SHARDED_STATE_DICT",
+        ["multi_modal_projector", "prefusion", "language_model"],
+        ["--num_prefusion_layers", 1],
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("states", "trainable", "more"), SHARDED.values(), ids=SHARDED)
+def test_sharded_processes_train_alike(base, states, trainable, more):  # noqa: F811
+    """FSDP2 over two CPU processes ends with the weights of one process, in one folder that loads."""
+    words = ["--model", base / "model", "--dataset", base / "rows", *CPU, "--trainable", *trainable, *more]
+    words += [
+        "--max_steps",
+        2,
+        "--logging_steps",
+        1,
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        1,
+        "--seed",
+        3,
+    ]
+    words += ["--optim", "sgd", "--learning_rate", 0.1, "--weight_decay", 0.1]  # Adam would amplify rounding
+    launch = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", 2]
+    launch += [Path(__file__).parent / "fsdp_on_cpu.py", *words, "--per_device_train_batch_size", 2]
+    done = subprocess.run(
+        [*map(str, [*launch, "--output_dir", base / "two"])],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FSDP_STATE_DICT_TYPE": states},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    run(*parse([*map(str, [*words, "--per_device_train_batch_size", 4, "--output_dir", base / "one"])]))
+    checkpoint = {path.name for path in (base / "two" / "checkpoint-1").iterdir()}
+    divided = {"FULL_STATE_DICT": "pytorch_model_fsdp.bin", "SHARDED_STATE_DICT": "pytorch_model_fsdp_0"}[
+        states
+    ]
+    assert divided in checkpoint, "the processes did not run under FSDP"
+    before, one, two = (
+        BackdropForConditionalGeneration.from_pretrained(base / name).state_dict()
+        for name in ("model", "one", "two")
+    )
+    assert any(not torch.equal(value, before[name]) for name, value in one.items() if name in before)
+    for name, value in one.items():
+        torch.testing.assert_close(
+            two[name], value, atol=1e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    table = two["model.language_model.embed_tokens.weight"]
+    if "separators" in trainable:  # only the separators' rows have moved
+        moved = (
+            (table != before["model.language_model.embed_tokens.weight"])
+            .any(dim=1)
+            .nonzero()
+            .flatten()
+            .tolist()
+        )
+        assert moved == sorted(BackdropConfig.from_pretrained(base / "two").separator_token_ids)

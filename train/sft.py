@@ -292,10 +292,17 @@ def row_shape(rows: Dataset | IterableDataset, processor: BackdropProcessor) -> 
 def finish(trainer: BackdropTrainer, arguments: BackdropArguments, training: SFTConfig, recipe: dict) -> None:
     """Writes the finished model into the output folder; a run cut off in here leaves a folder that does not load."""
     out, built = Path(training.output_dir), Path(training.output_dir, PARTIAL, "final")
+    sharding = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if sharding is not None:  # checkpoints may be in parts; what others load may not
+        sharding.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(built))
     trainer.accelerator.wait_for_everyone()
     if not trainer.is_world_process_zero():
         return
+    if not any(built.glob("*.safetensors")):
+        raise RuntimeError(
+            f"{built} holds no weights after saving; wanted *.safetensors. The checkpoints are kept."
+        )
     trainer.model.config.save_pretrained(built)
     trainer.processing_class.save_pretrained(built)
     (built / "log.json").write_text(json.dumps(trainer.state.log_history, indent=2))

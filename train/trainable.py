@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
@@ -83,13 +84,28 @@ def select_trainable(model: BackdropForConditionalGeneration, patterns: list[str
 def _train_rows(embedding: nn.Embedding, rows: list[int]) -> None:
     embedding.trained_rows = list(rows)
     embedding.weight.requires_grad_(True)
+    embedding.weight.register_hook(lambda gradient: gradient.masked_fill(~row_mask(gradient, rows), 0))
 
-    def only_rows(gradient: torch.Tensor) -> torch.Tensor:
-        kept = torch.zeros_like(gradient)
-        kept[rows] = gradient[rows]
-        return kept
 
-    embedding.weight.register_hook(only_rows)
+def row_mask(table: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """`[R, 1]` bool: which of the table's rows are among `rows`; of a table that FSDP has divided, of this process' rows."""
+    mask = torch.zeros(len(table), 1, dtype=torch.bool, device=table.device)
+    mask[rows] = True
+    if isinstance(table, DTensor):
+        mask = distribute_tensor(mask, table.device_mesh, table.placements, src_data_rank=None)
+    return local(mask)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process' part of a tensor that FSDP has divided, without a copy; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def mask_sharded_gradients(model: nn.Module, partly: dict[str, list[int]]) -> None:
+    """Zeros the gradients of rows that do not train where FSDP2 has put other parameters, without our hook, in place."""
+    for name, parameter in model.named_parameters():
+        if name in partly and isinstance(parameter.grad, DTensor):
+            local(parameter.grad).masked_fill_(~row_mask(parameter.grad, partly[name]), 0)
 
 
 def row_trained_names(model: nn.Module) -> dict[str, list[int]]:
@@ -195,15 +211,14 @@ def _frozen_values(model: nn.Module) -> Iterator[tuple[str, tuple]]:
     """
     partly = row_trained_names(model)
     for name, parameter in model.named_parameters():
-        value = parameter.detach()
+        value = local(parameter.detach())
+        if not value.numel() or value.device.type == "meta":  # under ZeRO-3 it is elsewhere
+            continue
         if name in partly:
-            value = value.clone()
-            value[partly[name]] = 0
+            value = value.masked_fill(row_mask(parameter, partly[name]), 0)
         elif parameter.requires_grad:
             continue
-        value = value.to_local() if hasattr(value, "to_local") else value
-        if value.numel() and value.device.type != "meta":
-            yield name, (torch.hash_tensor(value).item(), float(value.sum(dtype=torch.float64)))
+        yield name, (torch.hash_tensor(value).item(), float(value.sum(dtype=torch.float64)))
 
 
 def _gradient_reader(args):

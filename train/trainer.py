@@ -13,7 +13,7 @@ from trl import SFTTrainer
 
 from backdrop.modeling.modeling_backdrop import BACKGROUND, OBJECT
 
-from .trainable import row_trained_names
+from .trainable import mask_sharded_gradients, row_trained_names
 
 PARTIAL = ".partial"
 GROUP_KINDS = {"any": {BACKGROUND, OBJECT}, "background": {BACKGROUND}, "object": {OBJECT}}
@@ -31,6 +31,11 @@ class BackdropTrainer(SFTTrainer):
     """
 
     def __init__(self, *args, matching_loss: float = 0.0, group_kinds: str = "any", **kwargs):
+        model = kwargs.get("model", args[0] if args else None)
+        if isinstance(model, nn.Module):
+            # Of a tower's family: FSDP's wrapping by layers refuses a class that the model has no module of.
+            present = {type(module).__name__ for module in model.modules()}
+            model._no_split_modules = {name for name in model._no_split_modules if name in present}
         super().__init__(*args, **kwargs)
         head = self.model.get_output_embeddings()
         if not hasattr(head, "bias"):
@@ -38,8 +43,8 @@ class BackdropTrainer(SFTTrainer):
             # loss reads both.
             head.bias = None
         self.matching_loss = matching_loss
-        # Row counts of tables that train in part: decay would move the frozen rows.
-        self._partly_trained = set(row_trained_names(self.model))
+        # Tables of which some rows train: decay would move the others.
+        self._partly_trained = row_trained_names(self.model)
         if group_kinds != "any":
             self.data_collator = KindCollator(self.data_collator, group_kinds)
         if matching_loss:
@@ -47,6 +52,11 @@ class BackdropTrainer(SFTTrainer):
 
     def get_decay_parameter_names(self, model) -> list[str]:
         return [name for name in super().get_decay_parameter_names(model) if name not in self._partly_trained]
+
+    def training_step(self, model, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(model, *args, **kwargs)
+        mask_sharded_gradients(model, self._partly_trained)
+        return loss
 
     # ---- whole checkpoints
 

@@ -24,13 +24,16 @@ KEYS = {"north": "key-of-north", "south": "key-of-south"}
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for number in sockets:
-        number.bind(("127.0.0.1", 0))
-    ports = [number.getsockname()[1] for number in sockets]
-    for number in sockets:
-        number.close()
-    return ports
+    """Ports that follow each other, as the engines of `backdrop serve` take them."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            first = stack.enter_context(socket.socket())
+            first.bind(("127.0.0.1", 0))
+            ports = range(first.getsockname()[1], first.getsockname()[1] + count)
+            with contextlib.suppress(OSError, OverflowError):
+                for port in ports[1:]:
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                return list(ports)
 
 
 @dataclass
@@ -80,9 +83,6 @@ class Stack:
 
 def start_stack(folder: Path, engine_python: str, replicas: int = 2) -> Stack:
     ports = free_ports(replicas + 1)
-    while ports[:replicas] != list(range(ports[0], ports[0] + replicas)):
-        ports = free_ports(replicas + 1)
-        ports[:replicas] = range(ports[0], ports[0] + replicas)
     config = folder / "gateway.yaml"
     config.write_text(
         yaml.safe_dump(

@@ -5,7 +5,9 @@ import base64
 import itertools
 import json
 import struct
+import time
 import zlib
+from http.client import HTTPConnection
 from io import BytesIO
 
 import httpx
@@ -115,6 +117,19 @@ def test_ten_thousand_bad_requests(stack):
     assert client.ask(scene.image, "What colour is the wallpaper?").text == next(
         q.answer for q in scene.questions if q.topic == "wallpaper"
     )
+
+
+def test_an_idle_connection_outlives_the_clients_own_limit(stack):
+    """httpx gives idle connections up after 5 s: a gateway that did so in the same moment would reset a request."""
+    host, port = stack.url.removeprefix("http://").split(":")
+    connection = HTTPConnection(host, int(port), timeout=30)
+    connection.connect()
+    kept = connection.sock
+    for seconds in (6, 0):
+        connection.request("GET", "/health")
+        assert connection.getresponse().read()
+        assert connection.sock is kept  # http.client opens another where the server has closed it
+        time.sleep(seconds)
 
 
 def test_a_body_that_is_too_large_is_not_read(stack):
