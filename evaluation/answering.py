@@ -86,6 +86,7 @@ class Answerer:
     Args:
         tolerance: of `matched`, grey levels.
         max_new_tokens: longest answer.
+        images_last: the images behind the question, where the chat template leaves them where they are.
     """
 
     def __init__(
@@ -95,13 +96,14 @@ class Answerer:
         mode: str,
         tolerance: float = 0.0,
         max_new_tokens: int = 128,
+        images_last: bool = False,
     ):
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; wanted one of {', '.join(MODES)}.")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; wanted 1 or more.")
         self.model, self.processor = model, processor
-        self.mode, self.max_new_tokens = mode, max_new_tokens
+        self.mode, self.max_new_tokens, self.images_last = mode, max_new_tokens, images_last
         processor.disable_background_matching()
         model.disable_background_cache()
         if mode in ("cached", "matched"):
@@ -202,7 +204,8 @@ class Answerer:
         )
 
     def _prompt(self, images: PreparedImages, question: str) -> str:
-        content = [{"type": "image"}] * len(images.expansions) + [{"type": "text", "text": question}]
+        pictures, words = [{"type": "image"}] * len(images.expansions), [{"type": "text", "text": question}]
+        content = words + pictures if self.images_last else pictures + words
         text = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )

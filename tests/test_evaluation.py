@@ -25,6 +25,7 @@ from backdrop.evaluation import scenes
 from backdrop.evaluation.answering import MODES, Answerer, load
 from backdrop.evaluation.predictions import Predictions, read_predictions
 from backdrop.evaluation.tasks import TASKS, task
+from backdrop.hub_export.convert import chat_template
 from backdrop.train.data.rows import BadRowError, Example
 
 # ---- VQA
@@ -330,18 +331,22 @@ def test_modes_and_what_they_reuse(evaluate):
     assert summaries["split"]["overall"]["images"] == 5
 
 
-def test_questions_go_through_the_processors_own_path(chat_model, processor):
+@pytest.mark.parametrize("images_last", [False, True])
+def test_questions_go_through_the_processors_own_path(chat_model, processor, images_last):
     """The batch is what the processor makes of images and text, and answers are those of a plain `generate`."""
     rows = _examples(3)
+    processor.chat_template = chat_template(images_first=not images_last)
     images = [Image.open(BytesIO(row.images[0]["bytes"])) for row in rows]
     questions = [row.turns[0][0] for row in rows]
-    answerer = Answerer(chat_model, processor, "split", max_new_tokens=6)
+    answerer = Answerer(chat_model, processor, "split", max_new_tokens=6, images_last=images_last)
     texts = answerer.answer(answerer.prepare([[image] for image in images]), questions)
     for image, question, text in zip(images, questions, texts, strict=True):
         content = [{"type": "image"}, {"type": "text", "text": question}]
+        content = content[::-1] if images_last else content
         prompt = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
+        assert (prompt.index(question) < prompt.index(processor.image_token)) == images_last
         inputs = processor(images=[image], text=prompt, return_tensors="pt", add_special_tokens=False)
         out = chat_model.generate(**inputs, max_new_tokens=6, do_sample=False)
         assert (

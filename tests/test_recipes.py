@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from datasets import Dataset
 from packaging.version import Version
 from safetensors.torch import load_file
 from test_training import base, trainer_for  # noqa: F401
@@ -522,7 +523,14 @@ def test_a_matrix_and_a_ladder_run_from_start_to_report(tmp_path):
     recipe = {"trainable": ["multi_modal_projector"], "max_steps": 1, "assistant_only_loss": True, **cpu}
     axes = {
         "margin": {"0": {"margin": 0}},
-        "bits": {"8": {"loaded": {"load_in_8bit": True, "int8_threshold": 0}}},
+        "position": {
+            "behind": {
+                "image_position": "in_place",
+                "rows": {"image-position": "last"},
+                "score": {"images_last": True},
+            }
+        },
+        "bits": {"8": {"score": {"loaded": {"load_in_8bit": True, "int8_threshold": 0}}}},
     }
     matrix = {"start": str(example), "out": str(tmp_path / "matrix"), "rows": rows, "score": score}
     matrix |= {"base": {"split": True, **recipe}, "axes": axes}
@@ -540,9 +548,13 @@ def test_a_matrix_and_a_ladder_run_from_start_to_report(tmp_path):
 
     report = run_matrix(read_matrix(tmp_path / "matrix.yaml"))
     assert not report["failed"], report["failed"]
-    assert [row["cell"] for row in report["cells"]] == ["base", "margin=0", "bits=8"]
+    assert [row["cell"] for row in report["cells"]] == ["base", "margin=0", "position=behind", "bits=8"]
     assert all(row["score"]["questions"] == 3 for row in report["cells"])
     assert all("to_base" in row for row in report["cells"][1:])
+    folders = (tmp_path / "matrix" / "rows").iterdir()
+    texts = [Dataset.load_from_disk(folder / "rows")[0]["messages"][0]["content"] for folder in folders]
+    (parts,) = [content for content in texts if isinstance(content, list)]
+    assert [part["type"] for part in parts] == ["text", *["image"] * (len(parts) - 1)] and len(parts) > 1
     ladder = run_ladder(read_chain(tmp_path / "chain.yaml"))
     assert list(ladder["stages"]) == ["first", "second"]
     note = read_stage(tmp_path / "ladder" / "second" / "stage" / "model")
@@ -578,12 +590,14 @@ def test_a_matrix_is_a_star_or_a_product():
     assert all(matrix.trained_as(cell) == cells[0] for cell in cells if cell.name in shared)
     axes = {
         "a": {"1": {"learning_rate": 1}, "2": {"rows": {"pair": 0}}},
-        "b": {"x": {}, "y": {"forms": ["llava"]}},
+        "b": {"x": {}, "y": {"score": {"forms": ["llava"]}}},
     }
     product = Matrix("s", "o", {"forms": ["split"]}, {"lr": 0}, axes, {"pair": 1}, design="product").cells()
     assert [cell.name for cell in product] == ["a=1, b=x", "a=1, b=y", "a=2, b=x", "a=2, b=y"]
     assert (
-        product[3].forms == ("llava",) and product[3].rows == {"pair": 0} and product[0].rows == {"pair": 1}
+        product[3].score == {"forms": ["llava"]}
+        and product[3].rows == {"pair": 0}
+        and product[0].rows == {"pair": 1}
     )
     with pytest.raises(ValueError, match="neither rows nor base.dataset"):
         Matrix("s", "o", {}, {}, axes)

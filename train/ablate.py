@@ -37,16 +37,15 @@ class Cell:
 
     Attributes:
         changes: axis -> value's name.
-        rows, forms, start: of the cell's own, or the matrix'.
-        loaded: how its model is loaded for the score (`load_in_8bit`, ...); it trains in full precision.
+        rows, start: of the cell's own, or the matrix'.
+        score: how it is scored; `loaded` there (`load_in_8bit`, ...) is for the score alone, it trains in full precision.
     """
 
     changes: dict[str, str]
     recipe: dict
     rows: dict
-    forms: tuple[str, ...]
+    score: dict
     start: str = ""
-    loaded: dict = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -100,16 +99,15 @@ class Matrix:
 
     def _cell(self, changes: dict[str, str]) -> Cell:
         recipe, rows = dict(self.base), dict(self.rows)
-        forms, start = tuple(self.score.get("forms", ("split",))), self.start
-        loaded = dict(self.score.get("loaded", {}))
+        score, start = dict(self.score), self.start
         for axis, value in changes.items():
             change = dict(self.axes[axis][value])
             rows |= change.pop("rows", {})
-            forms = tuple(change.pop("forms", forms))
+            score |= change.pop("score", {})
             start = change.pop("start", start)
-            loaded |= change.pop("loaded", {})
             recipe |= change
-        return Cell(changes, recipe, rows, forms, start, loaded)
+        read_score(score)
+        return Cell(changes, recipe, rows, score, start)
 
 
 def read_matrix(path: Path) -> Matrix:
@@ -148,9 +146,8 @@ def run_cell(cell: Cell, seed: int, matrix: Matrix) -> dict:
     minutes = out / "minutes.json"
     if not minutes.is_file():
         write_atomically(minutes, json.dumps((time.monotonic() - begun) / 60) + "\n")
-    score = read_score({**matrix.score, "forms": cell.forms, "loaded": cell.loaded})
     return {
-        "records": score.records(model, folder / cell.folder / "score"),
+        "records": read_score(cell.score).records(model, folder / cell.folder / "score"),
         "minutes": round(json.loads(minutes.read_text()), 1),
     }
 

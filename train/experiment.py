@@ -50,6 +50,7 @@ class SceneScore:
     Attributes:
         forms: names of `backdrop.evaluation.scenes.FORMS`.
         scenes, questions, seed, split: see `scene_questions`.
+        images_last: the image behind its question.
         loaded: how the model is loaded for it: load_in_8bit, load_in_4bit, int8_threshold, dtype.
     """
 
@@ -58,6 +59,7 @@ class SceneScore:
     questions: int = 3
     seed: int = 0
     split: str = "validation"
+    images_last: bool = False
     loaded: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -76,9 +78,10 @@ class SceneScore:
         for name in self.forms:
             form = FORMS[name]
             header = {"form": name, "split": self.split, "scenes": self.scenes, "questions": self.questions}
-            header |= {"seed": self.seed, "loaded": self.loaded} | model_fingerprint(*loaded, str(model))
+            header |= {"seed": self.seed, "loaded": self.loaded, "images_last": self.images_last}
+            header |= model_fingerprint(*loaded, str(model))
             predictions = Predictions(folder / f"{name}.jsonl", header)
-            answerer = Answerer(*loaded, form.mode, form.tolerance, MAX_NEW_TOKENS)
+            answerer = Answerer(*loaded, form.mode, form.tolerance, MAX_NEW_TOKENS, self.images_last)
             cases = scene_questions(
                 self.split, self.scenes, self.seed, self.questions, form.disturb, form.earlier == "reference"
             )

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.patch_groups_backdrop import PatchGroup, group_to_image, save_group
 
+from .data.stored import STRUCTURED_FEATURES, structured
 from .scenes import FAMILIES, TOPICS, Scene, background_seeds, disturbed, render_scene
 
 FEATURES = Features(
@@ -35,7 +36,7 @@ FEATURES = Features(
         "messages": List({"role": Value("string"), "content": Value("string")}),
     }
 )
-
+FEATURES_IN_PARTS = Features({**FEATURES, "messages": STRUCTURED_FEATURES["messages"]})
 
 FORMS = ("whole", "split", "pair", "stale")
 BATCH = 32
@@ -107,8 +108,12 @@ def rows(
     places: int = 0,
     family_weights: Mapping[str, float] = FAMILY_WEIGHTS,
     topic_weights: Mapping[str, float] = TOPIC_WEIGHTS,
+    images_last: bool = False,
 ) -> Iterator[dict]:
-    """Dataset rows; `shares` gives the probability of each form."""
+    """Dataset rows; `shares` gives the probability of each form.
+
+    `images_last`: contents in parts (`FEATURES_IN_PARTS`), the groups behind the first question instead of before it.
+    """
     rng = random.Random(f"rows/{split}/{seed}")
     backgrounds = background_seeds(split)
     processor.enable_background_matching(tolerance=0, refresh=False)
@@ -134,6 +139,8 @@ def rows(
         made = row_groups(processor, images, earlier, forms, tolerances)
         for groups, messages in zip(made, talks, strict=True):
             pngs = [_png(group, processor.patch_size, processor.geometry()) for group in groups]
+            if images_last:
+                messages = structured(messages, len(pngs), "end")
             yield {"images": pngs, "messages": messages}
         progress.update(count)
 
@@ -189,6 +196,12 @@ def main() -> None:
     parser.add_argument("--pair", type=float, default=0.35, help="share with another frame's background")
     parser.add_argument("--stale", type=float, default=0.2, help="share with another whole frame behind")
     parser.add_argument(
+        "--image-position",
+        choices=["first", "last"],
+        default="first",
+        help="last: behind the first question, for a model with image_position in_place",
+    )
+    parser.add_argument(
         "--families",
         type=_weights("family", FAMILIES, FAMILY_WEIGHTS),
         default=FAMILY_WEIGHTS,
@@ -212,7 +225,7 @@ def main() -> None:
     processor = BackdropImageProcessor.from_pretrained(options.model)
     dataset = Dataset.from_generator(
         rows,
-        features=FEATURES,
+        features=FEATURES_IN_PARTS if options.image_position == "last" else FEATURES,
         gen_kwargs={
             "processor": processor,
             "split": options.split,
@@ -223,6 +236,7 @@ def main() -> None:
             "places": options.places,
             "family_weights": options.families,
             "topic_weights": options.topics,
+            "images_last": options.image_position == "last",
         },
         cache_dir=str(options.out) + ".cache",
     )
