@@ -37,7 +37,7 @@ from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGen
 
 from backdrop.hub_export.convert import chat_template
 from backdrop.hub_export.export import export, load_checkpoint
-from backdrop.serving.engine import EngineSettings, find_engine_python, kv_cache_bytes
+from backdrop.serving.engine import EngineSettings, batched_tokens, find_engine_python, kv_cache_bytes
 
 from .report import machine, versions, write_json_atomically
 from .traffic import Ask, Outcome, SceneTraffic, drive, is_foreign, png_url, summarize
@@ -199,13 +199,15 @@ def _servers(
     engine, stock, split, whole = _free_ports(4)
     config = BackdropConfig.from_pretrained(backdrop)
     length = min(config.text_config.max_position_embeddings, 2 * config.num_patches + 256)
+    sequences = max(4, concurrency)
     common = {
         "python": python,
         "name": MODEL,
         "dtype": "float32",
         "max_model_len": length,
-        "max_num_seqs": max(4, concurrency),
-        "kv_cache_bytes": kv_cache_bytes(config, 4 * cameras, max(4, concurrency), length, 32, "float32"),
+        "max_num_seqs": sequences,
+        "max_num_batched_tokens": batched_tokens(config, 4 * cameras, sequences, length),
+        "kv_cache_bytes": kv_cache_bytes(config, 4 * cameras, sequences, length, 32, "float32"),
         "block_size": 32,
         "extra": ("--enforce-eager",),
     }

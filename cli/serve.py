@@ -51,7 +51,13 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a model: vLLM behind a gateway that splits images and reuses backgrounds across requests."""
-    from backdrop.serving.engine import Engine, EngineSettings, find_engine_python, kv_cache_bytes
+    from backdrop.serving.engine import (
+        Engine,
+        EngineSettings,
+        batched_tokens,
+        find_engine_python,
+        kv_cache_bytes,
+    )
     from backdrop.serving.settings import GatewaySettings, load_settings, make_settings
     from backdrop.serving.settings import hash_key as hash_of
 
@@ -68,19 +74,15 @@ def serve(
 
             if max_model_len is None:
                 raise ValueError("--backgrounds needs --max-model-len: requests in work take room too.")
-            size = kv_cache_bytes(
-                BackdropConfig.from_pretrained(model),
-                backgrounds,
-                max_num_seqs or 256,
-                max_model_len,
-                block_size or 32,
-                dtype,
-            )
+            shape, sequences = BackdropConfig.from_pretrained(model), max_num_seqs or 256
+            size = kv_cache_bytes(shape, backgrounds, sequences, max_model_len, block_size or 32, dtype)
+            batch = batched_tokens(shape, backgrounds, sequences, max_model_len)
             typer.echo(
-                f"cache: {size / 2**30:.2f} GiB for {backgrounds} backgrounds and {max_num_seqs or 256} requests"
+                f"cache: {size / 2**30:.2f} GiB for {backgrounds} backgrounds and {sequences} requests; {batch:,} tokens "
+                "a batch, and as many in the encoder cache"
             )
         else:
-            size = None
+            size = batch = None
         python = find_engine_python(engine_python)
         for i in range(replicas):
             started.append(
@@ -92,6 +94,7 @@ def serve(
                     dtype=dtype,
                     max_model_len=max_model_len,
                     max_num_seqs=max_num_seqs,
+                    max_num_batched_tokens=batch,
                     kv_cache_bytes=size,
                     block_size=block_size,
                     extra=tuple(engine_args or ()),

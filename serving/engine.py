@@ -24,6 +24,8 @@ ENVIRONMENT = ".venv-serve"
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 TEXT_TOKENS = 64  # of a system prompt in front of a background, when a cache is sized
 STOP_SECONDS = 20.0
+# vLLM's encoder cache holds as many tokens as a batch may have: its default where that is smallest, and where it is largest.
+BATCHED_TOKENS = (2048, 16_384)
 RESTART_SECONDS = (1.0, 60.0)  # first and longest pause before an engine is started again
 
 
@@ -58,6 +60,7 @@ class EngineSettings:
         dtype: of weights and cache; "auto" is the model's own.
         max_model_len: longest prompt and answer, tokens; None: the model's.
         max_num_seqs: requests in one batch.
+        max_num_batched_tokens: in one batch, and in vLLM's encoder cache.
         kv_cache_bytes: None: vLLM's own choice (on a GPU what is left of its memory).
         block_size: tokens that are cached together; the engine knows a background down to whole blocks.
         images: groups in one request.
@@ -72,6 +75,7 @@ class EngineSettings:
     dtype: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
     kv_cache_bytes: int | None = None
     block_size: int | None = None
     images: int = 32
@@ -101,6 +105,7 @@ class EngineSettings:
         for name, value in (
             ("max-model-len", self.max_model_len),
             ("max-num-seqs", self.max_num_seqs),
+            ("max-num-batched-tokens", self.max_num_batched_tokens),
             ("kv-cache-memory-bytes", self.kv_cache_bytes),
             ("block-size", self.block_size),
         ):
@@ -141,6 +146,17 @@ def kv_cache_bytes(
     tokens = config.num_patches + config.extra_tokens_per_group + 2 + TEXT_TOKENS
     blocks = backgrounds * -(-tokens // block_size) + sequences * -(-max_model_len // block_size) + 1
     return blocks * block_size * kv_bytes_per_token(config, dtype)
+
+
+def batched_tokens(config: BackdropConfig, backgrounds: int, sequences: int, max_model_len: int) -> int:
+    """Tokens of a batch with which vLLM's encoder cache keeps so many backgrounds, within `BATCHED_TOKENS`.
+
+    A background's last tokens lie in a block that is not full, which is never cached: they are asked for again by every
+    request, and the whole group is encoded anew unless the encoder cache has it. Its size is that of a batch. Never
+    less than the longest request.
+    """
+    wanted = backgrounds * (config.num_patches + config.extra_tokens_per_group) + sequences * max_model_len
+    return max(min(max(wanted, BATCHED_TOKENS[0]), BATCHED_TOKENS[1]), max_model_len)
 
 
 @dataclass

@@ -19,6 +19,7 @@ from backdrop.serving.engine import (
     TEXT_TOKENS,
     Engine,
     EngineSettings,
+    batched_tokens,
     find_engine_python,
     kv_bytes_per_token,
     kv_cache_bytes,
@@ -150,6 +151,7 @@ def test_the_command_line():
         dtype="bfloat16",
         max_model_len=512,
         max_num_seqs=4,
+        max_num_batched_tokens=4096,
         kv_cache_bytes=2**28,
         block_size=32,
         images=4,
@@ -160,6 +162,7 @@ def test_the_command_line():
     assert found["--served-model-name"] == "scenes" and found["--dtype"] == "bfloat16"
     assert (found["--host"], found["--port"]) == ("0.0.0.0", "9000") and full.url == "http://0.0.0.0:9000"
     assert (found["--max-model-len"], found["--max-num-seqs"], found["--block-size"]) == ("512", "4", "32")
+    assert found["--max-num-batched-tokens"] == "4096"
     assert found["--kv-cache-memory-bytes"] == str(2**28)
     assert json.loads(found["--limit-mm-per-prompt"]) == {"image": 4}
     assert words[-3:] == ["--enforce-eager", "--seed", "0"]
@@ -236,6 +239,14 @@ def test_bytes_of_a_cache_of_the_committed_model():
     assert kv_cache_bytes(config, 10, 4, 512, 32, "float16") == wanted // 2
     # Rounded up: 210 tokens are 14 blocks of 16, 500 are 32.
     assert kv_cache_bytes(config, 1, 1, 500, 16, "float32") == (14 + 32 + 1) * 16 * 6144
+
+
+def test_tokens_of_a_batch_keep_the_backgrounds_of_the_committed_model():
+    config = BackdropConfig.from_pretrained(MODEL)
+    assert batched_tokens(config, 20, 4, 512) == 20 * 144 + 4 * 512
+    assert batched_tokens(config, 1, 1, 512) == 2048  # vLLM's own smallest default
+    assert batched_tokens(config, 1000, 4, 512) == 16_384  # a batch must be computed too
+    assert batched_tokens(config, 1000, 4, 32_768) == 32_768
 
 
 # ---- a running engine
