@@ -34,7 +34,7 @@ def serve(
     name: Annotated[str, typer.Option(help="The model's name in the API.")] = "backdrop",
     config: Annotated[Path | None, typer.Option(help="YAML file: keys, limits, matching, hosts.")] = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="Largest staleness that is reused, grey levels (10).")
+        float | None, typer.Option(help="Largest staleness that is reused, grey levels (10).", min=0, max=255)
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, tokens.")] = None,
@@ -43,7 +43,9 @@ def serve(
         int | None, typer.Option(help="Size the cache for so many backgrounds (needs --max-model-len).")
     ] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens that are cached together.")] = None,
-    split: Annotated[bool, typer.Option(help="--no-split: whole images, plain LLaVA.")] = True,
+    split: Annotated[
+        bool | None, typer.Option("--split/--no-split", help="--no-split: whole images, plain LLaVA.")
+    ] = None,
     start_seconds: Annotated[float, typer.Option(help="Longest time for the engines to start.")] = 600.0,
     log_folder: Annotated[Path | None, typer.Option(help="Where the engines' logs go.")] = None,
     hash_key: Annotated[
@@ -58,31 +60,46 @@ def serve(
         find_engine_python,
         kv_cache_bytes,
     )
-    from backdrop.serving.settings import GatewaySettings, load_settings, make_settings
     from backdrop.serving.settings import hash_key as hash_of
+    from backdrop.serving.settings import make_settings, read_settings
 
     if hash_key:
         typer.echo(hash_of(sys.stdin.readline().strip()))
         return
     if model is None:
         raise ValueError("MODEL is missing; wanted an exported Backdrop folder or a Hub id.")
-    urls = list(replica or [])
+    given = read_settings(config) if config is not None else {}
+    urls, starts = list(replica or []), not replica and not given.get("replicas")
+    if starts:
+        if replicas < 1:
+            raise ValueError("--replicas is 0; wanted 1 or more, or --replica URL.")
+        urls = [f"http://127.0.0.1:{engine_port + i}" for i in range(replicas)]
+    values = {"replicas": urls or None, "processor": model, "split": split}
+    settings = make_settings(
+        str(config or "options"), **given | {k: v for k, v in values.items() if v is not None}
+    )
     started: list[EngineSettings] = []
-    if not urls:
-        if backgrounds is not None:
-            from backdrop.modeling.configuration_backdrop import BackdropConfig
+    if starts:
+        from backdrop.modeling.configuration_backdrop import BackdropConfig
 
+        shape = BackdropConfig.from_pretrained(model)
+        if shape.num_prefusion_layers:
+            raise ValueError(
+                f"{model} has {shape.num_prefusion_layers} prefusion layers, which vLLM would leave out; wanted a folder "
+                "written by backdrop export --fold-prefusion."
+            )
+        size = batch = None
+        block_size = block_size or 32  # vLLM's own on the CPU is 128, more than many a background
+        if backgrounds is not None:
             if max_model_len is None:
                 raise ValueError("--backgrounds needs --max-model-len: requests in work take room too.")
-            shape, sequences = BackdropConfig.from_pretrained(model), max_num_seqs or 256
-            size = kv_cache_bytes(shape, backgrounds, sequences, max_model_len, block_size or 32, dtype)
-            batch = batched_tokens(shape, backgrounds, sequences, max_model_len)
+            max_num_seqs = max_num_seqs or 256  # what the bytes are for is what the engine is told
+            size = kv_cache_bytes(shape, backgrounds, max_num_seqs, max_model_len, block_size, dtype)
+            batch = batched_tokens(shape, backgrounds, max_num_seqs, max_model_len)
             typer.echo(
-                f"cache: {size / 2**30:.2f} GiB for {backgrounds} backgrounds and {sequences} requests; {batch:,} tokens "
-                "a batch, and as many in the encoder cache"
+                f"cache: {size / 2**30:.2f} GiB for {backgrounds} backgrounds and {max_num_seqs} requests; {batch:,} "
+                "tokens a batch, and as many in the encoder cache"
             )
-        else:
-            size = batch = None
         python = find_engine_python(engine_python)
         for i in range(replicas):
             started.append(
@@ -97,14 +114,10 @@ def serve(
                     max_num_batched_tokens=batch,
                     kv_cache_bytes=size,
                     block_size=block_size,
+                    images=2 * settings.limits.images,
                     extra=tuple(engine_args or ()),
                 )
             )
-        urls = [engine.url for engine in started]
-    values = {"replicas": urls, "processor": model, "split": split}
-    settings: GatewaySettings = (
-        make_settings("options", **values) if config is None else load_settings(config, **values)
-    )
     if tolerance is not None:
         settings.matching.tolerance = tolerance
     folder = log_folder or Path(tempfile.mkdtemp(prefix="backdrop-serve-"))

@@ -16,26 +16,30 @@ class Predictions:
     Args:
         path: made if it is not there. A last line that was cut off is dropped.
         header: must be equal to that of a file which is there already.
+        replace: begin anew where it is not.
 
     Raises:
         ValueError: the file is of another run, or damaged; the message names the first difference.
     """
 
-    def __init__(self, path: Path, header: dict):
+    def __init__(self, path: Path, header: dict, replace: bool = False):
         self.path = path
         self._records: list[dict] = []
         header = json.loads(json.dumps(header))
         path.parent.mkdir(parents=True, exist_ok=True)
         if _cut_torn_line(path):
             found, self._records = read_predictions(path)
-            for name in {**header, **found}:
-                if header.get(name) != found.get(name):
-                    raise ValueError(
-                        f"{path} was made with {name} {found.get(name)!r}; wanted {header.get(name)!r}. "
-                        "Give another folder, or remove that file."
-                    )
-        else:
-            self._write([{"header": header}])
+            other = [name for name in {**header, **found} if header.get(name) != found.get(name)]
+            if not other:
+                return
+            if not replace:
+                raise ValueError(
+                    f"{path} was made with {other[0]} {found.get(other[0])!r}; wanted {header.get(other[0])!r}. "
+                    "Give another folder, or remove that file."
+                )
+            path.unlink()
+            self._records = []
+        self._write([{"header": header}])
 
     @property
     def records(self) -> list[dict]:

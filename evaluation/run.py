@@ -255,6 +255,7 @@ def evaluate_examples(
     max_new_tokens: int | None = None,
     baseline: Path | None = None,
     bad_rows: BadRows | None = None,
+    replace: bool = False,
 ) -> dict:
     """Answers, scores and writes `predictions.jsonl`, `summary.json` and `summary.md` into `out`; the summary.
 
@@ -262,6 +263,7 @@ def evaluate_examples(
         header: what the answers depend on besides mode, tolerance and `max_new_tokens`.
         baseline: predictions of another run on the same questions.
         bad_rows: where `examples` counts the rows that it leaves out.
+        replace: predictions in `out` that depend on something else are begun anew.
     """
     scored_as = task(data)
     longest = max_new_tokens or scored_as.max_new_tokens
@@ -271,7 +273,7 @@ def evaluate_examples(
     answerer = Answerer(model, processor, mode, tolerance, longest)
     tolerance_used = tolerance if mode == "matched" else None
     header = {"data": data, **header, "mode": mode, "tolerance": tolerance_used, "max_new_tokens": longest}
-    predictions = Predictions(out / PREDICTIONS, header)
+    predictions = Predictions(out / PREDICTIONS, header, replace)
     answer_all(answerer, by_image(examples), predictions, scored_as.metric, batch_size)
     summary = header | summarize(predictions.records, scored_as, other)
     if baseline is not None:

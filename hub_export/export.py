@@ -35,6 +35,7 @@ MODEL_CLASSES = {
     "AutoModelForMultimodalLM": BackdropForConditionalGeneration,
 }
 PROCESSOR_CLASSES = {"AutoProcessor": BackdropProcessor, "AutoImageProcessor": BackdropImageProcessor}
+SWITCHES = ("trained_on_groups", "separator_token_ids", "masked_attention", "raster_order")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MAX_SHARD_SIZE = "5GB"
 # Distributions that the exported code imports; their bounds are the package's own.
@@ -181,7 +182,9 @@ def _merged_adapter(folder: Path) -> tuple[BackdropForConditionalGeneration, Bac
             separate_vision_towers=trained.separate_vision_towers,
             separate_projectors=trained.separate_projectors,
         )
-        model.config.trained_on_groups = trained.trained_on_groups
+        # What no weight says: a model that was trained with a switch is not run without it.
+        for name in SWITCHES:
+            setattr(model.config, name, getattr(trained, name))
     modules = {name.rpartition(".")[-1] for name, _ in model.named_modules()}
     for name in adapter["modules_to_save"] or ():
         if name not in modules:

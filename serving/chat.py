@@ -1,10 +1,11 @@
 """Chat requests from strangers: what is in them, checked line by line before anything is decoded or sent."""
 
 import asyncio
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .images import ImageFetcher, decode_data_url
+from .images import Budget, ImageFetcher, decode_data_url
 from .problems import ApiError
 from .settings import Limits
 
@@ -44,6 +45,8 @@ OURS = {
 }
 ROLES = ("system", "user", "assistant", "tool", "developer")
 MAX_MESSAGES = 1024
+# What a message may have. Others that clients send back from an answer are left out where they are empty.
+MESSAGE_FIELDS = frozenset(["role", "content", "name", "tool_calls", "tool_call_id"])
 # What a part may have. vLLM reads an image, and its URL, out of a text part that has a uuid.
 PART_FIELDS = {"text": ("type", "text"), "image_url": ("type", "image_url")}
 
@@ -108,6 +111,9 @@ def read_chat(body: object, limits: Limits, special_tokens: tuple[str, ...], mod
         raise ApiError(
             400, f"{len(messages):,} messages; wanted at most {MAX_MESSAGES:,}", "too_many_messages"
         )
+    for name in ("tools", "tool_choice", "response_format"):
+        if body.get(name) is not None:  # a template may show them
+            _check_text(name, json.dumps(body[name], ensure_ascii=False), special_tokens)
     request = ChatRequest(body, [], [])
     for m, message in enumerate(messages):
         _read_message(request, m, message, special_tokens)
@@ -123,7 +129,7 @@ def read_chat(body: object, limits: Limits, special_tokens: tuple[str, ...], mod
 async def fetch_images(
     request: ChatRequest, limits: Limits, fetcher: ImageFetcher, in_thread: Callable
 ) -> list[bytes]:
-    """The request's images as they are encoded.
+    """The request's images as they are encoded; fetched ones together are no larger than a body may be.
 
     Args:
         in_thread: runs a function elsewhere and awaits it.
@@ -131,11 +137,12 @@ async def fetch_images(
     Raises:
         ApiError: 400, 413, 504.
     """
+    budget = Budget(limits.body_bytes)
 
     async def fetch(url: str) -> bytes:
         if url.startswith("data:"):
             return await in_thread(decode_data_url, url, limits.image_bytes)
-        return await fetcher.fetch(url)
+        return await fetcher.fetch(url, budget)
 
     tasks = [asyncio.ensure_future(fetch(url)) for url in request.urls]
     try:
@@ -156,7 +163,7 @@ def with_images(request: ChatRequest, parts: list[list[dict]]) -> dict:
             for p, part in enumerate(content):
                 new.extend(replaced.get((m, p), [part]))
             message = message | {"content": new}
-        messages.append(message)
+        messages.append({name: value for name, value in message.items() if name in MESSAGE_FIELDS})
     return request.body | {"messages": messages}
 
 
@@ -179,6 +186,12 @@ def _read_message(request: ChatRequest, m: int, message: object, special_tokens:
     where = f"messages[{m}]"
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise ApiError(400, f"{where} has no role of {', '.join(ROLES)}", "invalid_body")
+    for name, value in message.items():
+        if name not in MESSAGE_FIELDS and value not in (None, "", [], {}):
+            raise ApiError(400, f"unknown field {where}.{name:.80}", "unknown_field")
+    for name in ("name", "tool_calls", "tool_call_id"):
+        if message.get(name) is not None:
+            _check_text(f"{where}.{name}", json.dumps(message[name], ensure_ascii=False), special_tokens)
     content = message.get("content")
     if content is None or isinstance(content, str):
         _check_text(where, content or "", special_tokens)

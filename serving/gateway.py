@@ -261,6 +261,13 @@ class Gateway:
         return Response(answer.content, answer.status_code, media_type="application/json")
 
     def _parse(self, data: bytes) -> ChatRequest:
+        values = sum(data.count(mark) for mark in (b",", b"[", b"{"))
+        if values > self.settings.limits.body_values:  # a few bytes of it are a hundred of memory
+            raise ApiError(
+                413,
+                f"the body has some {values:,} JSON values; wanted at most {self.settings.limits.body_values:,}",
+                "body_too_large",
+            )
         try:
             body = json.loads(data)
         except (ValueError, RecursionError) as error:
@@ -288,7 +295,15 @@ class Gateway:
 
     def _split(self, data: bytes, mark: str) -> SplitFrame:
         # Decoded one at a time, and forgotten: a megabyte of a request can hold a gigabyte of pixels.
-        image = open_image(data, self.settings.limits.image_pixels)
+        limit = self.settings.limits.image_pixels
+        image = open_image(data, limit)
+        if getattr(self.processor.image_processor, "do_pad", False) and max(image.size) ** 2 > 4 * limit:
+            raise ApiError(
+                413,
+                f"an image has {image.width} x {image.height} pixels, and the model pads it to a square; wanted at most "
+                f"{4 * limit:,} pixels then",
+                "image_too_large",
+            )
         try:
             return self.splitter.split(image, mark, self.settings.split, self.settings.split)
         except (ValueError, AttributeError, RecursionError) as error:  # a patch group that is none
@@ -313,14 +328,14 @@ class Gateway:
     async def _send(self, body: bytes, key: str | None) -> httpx.Response:
         """The answer of the first replica that gives one."""
         try:
-            async with self._working_replica(body, key, set(), stream=False) as response:
+            async with self._working_replica(body, key, {}, stream=False) as response:
                 return response
         except httpx.ReadTimeout:
-            raise self._no_answer() from None
+            raise self._no_answer(self.settings.limits.answer_seconds) from None
 
     @contextlib.asynccontextmanager
     async def _working_replica(
-        self, body: bytes, key: str | None, tried: set[str], stream: bool
+        self, body: bytes, key: str | None, tried: dict[str, None], stream: bool
     ) -> AsyncIterator[httpx.Response]:
         """The response of the first replica in rank that answers: read, or, streaming, begun.
 
@@ -331,19 +346,23 @@ class Gateway:
             ApiError: 502, none is left.
             httpx.ReadTimeout: one is silent; it may have much to do, so no other is asked.
         """
-        reasons = []
+        reasons, limits = [], self.settings.limits
         for replica in self._route(key):
             if not replica.up or replica.url in tried:
                 continue
             if tried:
                 self.metrics.retries.inc()
-            tried.add(replica.url)
+            tried[replica.url] = None
             name = json.dumps(self._names[replica.url]).encode()
             call = self.client.build_request(
                 "POST",
                 f"{replica.url}/v1/chat/completions",
                 content=b'{"model":' + name + b"," + body[1:],
                 headers={"Content-Type": "application/json"},
+                # Without streaming nothing is heard until all of the answer is there.
+                timeout=httpx.Timeout(
+                    limits.first_token_seconds if stream else limits.answer_seconds, connect=CONNECT_SECONDS
+                ),
             )
             replica.in_flight += 1
             try:
@@ -380,25 +399,29 @@ class Gateway:
         self.metrics.replica_errors.labels(replica.url).inc()
         self.replicas.down(replica, type(error).__name__)
 
-    def _no_answer(self) -> ApiError:
-        seconds = self.settings.limits.first_token_seconds
+    def _no_answer(self, seconds: float) -> ApiError:
         return ApiError(504, f"no answer from the engine within {seconds:g} s", "engine_timeout")
 
     async def _stream(self, request, chat, body, key, started, place) -> Response:
         """The answer as server-sent events; a replica that fails before the first one is replaced unnoticed."""
         shows_usage = bool((chat.body.get("stream_options") or {}).get("include_usage"))
-        tried: set[str] = set()
+        tried: dict[str, None] = {}  # in order
         first = None
         while first is None:
             lines = self._lines(body, key, tried)
             try:
                 first = await _unless_gone(request, anext(lines))
             except httpx.ReadTimeout:
-                raise self._no_answer() from None
+                raise self._no_answer(self.settings.limits.first_token_seconds) from None
             except httpx.HTTPError:
                 continue  # its replica is down now
             except StopAsyncIteration:
                 raise ApiError(502, "the engine ended its answer before it began", "engine_failed") from None
+            if isinstance(first, bytes) and _is_failure(first):
+                # An engine whose core died says so inside a 200; nothing of an answer was sent yet.
+                await lines.aclose()
+                self.metrics.replica_errors.labels(next(reversed(tried))).inc()
+                first = None
         if isinstance(first, httpx.Response):
             await lines.aclose()
             place.close()
@@ -423,10 +446,10 @@ class Gateway:
                 problem = ApiError(502, f"the engine was lost during the answer ({reason})", "engine_lost")
                 yield b"data: " + json.dumps(problem.body()).encode() + b"\n\n"
 
-        return _Events(events(), lines, place)
+        return _Events(events(), lines, place, self.settings.limits.answer_seconds)
 
     async def _lines(
-        self, body: bytes, key: str | None, tried: set[str]
+        self, body: bytes, key: str | None, tried: dict[str, None]
     ) -> AsyncIterator[bytes | httpx.Response]:
         """Lines of a streamed answer; or one response, read, where the engine refused."""
         async with self._working_replica(body, key, tried, stream=True) as response:
@@ -528,21 +551,41 @@ async def _unless_gone(request: Request, work):
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
+def _is_failure(line: bytes) -> bool:
+    """Whether a streamed line is the engine's own error and not one of the request."""
+    if not line.startswith(b'data: {"error"'):
+        return False
+    with contextlib.suppress(ValueError):
+        error = json.loads(line[len(b"data: ") :])["error"]
+        code = error.get("code") if isinstance(error, dict) else None
+        return not isinstance(code, int) or code >= 500
+    return True
+
+
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 class _Events(StreamingResponse):
-    """Server-sent events whose place is freed even where the client left before the first one."""
+    """Server-sent events whose place is freed even where the client left before the first one, or reads no further."""
 
-    def __init__(self, events: AsyncIterator[bytes], lines: AsyncIterator, place: contextlib.ExitStack):
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        lines: AsyncIterator,
+        place: contextlib.ExitStack,
+        seconds: float,
+    ):
         super().__init__(events, media_type="text/event-stream")
-        self._generators, self._place = (events, lines), place
+        self._generators, self._place, self._seconds = (events, lines), place, seconds
 
     async def __call__(self, scope, receive, send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            await asyncio.wait_for(super().__call__(scope, receive, send), self._seconds)
+        except asyncio.TimeoutError:
+            # The server closes a connection whose answer is not complete: the client sees that it was cut off.
+            logger.warning("an answer was cut off after %g s", self._seconds)
         finally:
             for generator in self._generators:
                 await generator.aclose()

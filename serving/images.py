@@ -6,6 +6,7 @@ import binascii
 import ipaddress
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from io import BytesIO
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -16,6 +17,9 @@ from .problems import ApiError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_REDIRECTS = 3
+# Of a JPEG; encoders write some ten. Each costs a pass over the whole image, and twelve bytes are enough for one.
+MAX_SCANS = 64
+START_OF_SCAN = b"\xff\xda"  # inside a scan's data an 0xff is followed by 0x00
 Resolver = Callable[[str, int], Awaitable[list[str]]]
 
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all that is given out of IPv6
@@ -65,6 +69,12 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
         raise ApiError(
             413, f"an image has {width} x {height} pixels; wanted at most {max_pixels:,}", "image_too_large"
         )
+    if image.format == "JPEG" and data.count(START_OF_SCAN) > MAX_SCANS:
+        raise ApiError(
+            413,
+            f"an image has {data.count(START_OF_SCAN):,} scans; wanted at most {MAX_SCANS}",
+            "image_too_large",
+        )
     try:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
@@ -73,6 +83,19 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
             400, f"a {image.format} image of {len(data):,} bytes is damaged: {error}", "invalid_image"
         ) from None
     return image
+
+
+@dataclass
+class Budget:
+    """Bytes that may still come."""
+
+    left: int
+
+    def take(self, size: int) -> None:
+        """Raises `ApiError` 413."""
+        self.left -= size
+        if self.left < 0:
+            raise ApiError(413, "the request's images are too large together", "image_too_large")
 
 
 class ImageFetcher:
@@ -105,24 +128,24 @@ class ImageFetcher:
             limits=httpx.Limits(max_keepalive_connections=0),
         )
 
-    async def fetch(self, url: str) -> bytes:
-        """The body of a URL.
+    async def fetch(self, url: str, budget: Budget | None = None) -> bytes:
+        """The body of a URL; `budget` is shared with others.
 
         Raises:
             ApiError: 400 for what may not be fetched or is not there, 413, 504.
         """
         try:
-            return await asyncio.wait_for(self._fetch(url), self.seconds)
+            return await asyncio.wait_for(self._fetch(url, budget or Budget(self.max_bytes)), self.seconds)
         except asyncio.TimeoutError:
             raise ApiError(
                 504, f"the image's host did not answer within {self.seconds:g} s", "image_timeout"
             ) from None
 
-    async def _fetch(self, url: str) -> bytes:
+    async def _fetch(self, url: str, budget: Budget) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
             host, port, address = await self._checked(url)
             try:
-                found = await self._get(self._request(url, host, port, address), host)
+                found = await self._get(self._request(url, host, port, address), host, budget)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 raise ApiError(
                     400,
@@ -134,7 +157,7 @@ class ImageFetcher:
             url = _joined(url, found)
         raise ApiError(400, f"an image's URL redirects more than {MAX_REDIRECTS} times", "image_not_fetched")
 
-    async def _get(self, request: httpx.Request, host: str) -> bytes | str:
+    async def _get(self, request: httpx.Request, host: str, budget: Budget) -> bytes | str:
         """The body, or where a redirect leads."""
         response = await self._client.send(request, stream=True)
         try:
@@ -144,16 +167,17 @@ class ImageFetcher:
                 raise ApiError(
                     400, f"host {host!r} answered {response.status_code} for an image", "image_not_fetched"
                 )
-            return await self._bounded(response)
+            return await self._bounded(response, budget)
         finally:
             await response.aclose()
 
-    async def _bounded(self, response: httpx.Response) -> bytes:
+    async def _bounded(self, response: httpx.Response, budget: Budget) -> bytes:
         parts, size = [], 0
         async for part in response.aiter_raw():  # as it came: a few bytes of gzip unpack to anything
             size += len(part)
             if size > self.max_bytes:
                 raise ApiError(413, f"an image has more than {self.max_bytes:,} bytes", "image_too_large")
+            budget.take(len(part))
             parts.append(part)
         return b"".join(parts)
 

@@ -18,22 +18,26 @@ class Limits(BaseModel):
 
     Attributes:
         body_bytes: of a request; images travel in it as base64.
+        body_values: JSON values in it, about: commas and brackets are counted, before anything is parsed.
         image_bytes: of one encoded image.
         image_pixels: of one image, read from its header before it is decoded.
         images: in one request, earlier turns of the conversation counted too.
-        answer_tokens: largest max_tokens.
+        answer_tokens: largest max_tokens; where a request has none, the engine's longest request is the bound.
         choices: largest n.
         concurrent: requests in work at a time.
         waiting: requests that wait for a place; beyond, 429.
         wait_seconds: longest wait for a place.
         read_seconds: longest time to receive a body.
         fetch_seconds: longest time to fetch an image by URL.
-        first_token_seconds: longest silence of a replica.
+        first_token_seconds: longest silence of a replica that streams.
+        answer_seconds: longest time from the engine's first word, or without streaming from the question, to the end, a
+            reader who does not read included.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     body_bytes: Count = 32 * 2**20
+    body_values: Count = 200_000
     image_bytes: Count = 16 * 2**20
     image_pixels: Count = 40_000_000
     images: Count = 16
@@ -45,6 +49,7 @@ class Limits(BaseModel):
     read_seconds: Positive = 30.0
     fetch_seconds: Positive = 10.0
     first_token_seconds: Positive = 120.0
+    answer_seconds: Positive = 600.0
 
 
 class Matching(BaseModel):
@@ -115,14 +120,20 @@ def load_settings(path: str | Path, **changes) -> GatewaySettings:
         ValueError: names the file, the key and what was wanted.
         OSError: the file cannot be read.
     """
+    return make_settings(
+        str(path), **read_settings(path) | {k: v for k, v in changes.items() if v is not None}
+    )
+
+
+def read_settings(path: str | Path) -> dict:
+    """A YAML file's keys and values, not checked yet; raises as `load_settings`."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; wanted keys and values.")
-    values = {str(name): value for name, value in values.items()}
-    return make_settings(str(path), **{**values, **{k: v for k, v in changes.items() if v is not None}})
+    return {str(name): value for name, value in values.items()}
 
 
 def make_settings(source: str = "settings", /, **values) -> GatewaySettings:

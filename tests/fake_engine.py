@@ -140,6 +140,7 @@ class FakeEngine(AppThread):
             "hang": nothing, until the caller leaves;
             "early death", "late death": a stream's connection breaks before, after its first event;
             "empty": a stream ends before its first event;
+            "no core", "refusal": a stream whose first event is an error: the engine's own, the request's;
             "cut": a stream ends properly, but without its end mark;
             "slow": a stream's events come one by one as `step` is called; plain answers after the first step.
         probe_mode: what happens to the probe.
@@ -268,6 +269,12 @@ class FakeEngine(AppThread):
         pieces = [text[i : i + PIECE] for i in range(0, len(text), PIECE)]
         head = {"id": "chatcmpl-0", "object": "chat.completion.chunk", "created": 0, "model": self.name}
         try:
+            if mode in ("no core", "refusal"):
+                error = {"message": mode, "code": 500 if mode == "no core" else 400}
+                yield event({"error": error})
+                yield b"data: [DONE]\n\n"
+                done = True
+                return
             if mode == "early death":
                 raise ConnectionAbortedError
             for piece in pieces if mode != "empty" else []:

@@ -354,6 +354,15 @@ def test_questions_go_through_the_processors_own_path(chat_model, processor, ima
         )
 
 
+def test_predictions_of_something_else_are_refused_or_begun_anew(tmp_path):
+    Predictions(tmp_path / "p.jsonl", {"weights": "a"}).append([{"id": "1"}])
+    with pytest.raises(ValueError, match="was made with weights 'a'; wanted 'b'"):
+        Predictions(tmp_path / "p.jsonl", {"weights": "b"})
+    assert Predictions(tmp_path / "p.jsonl", {"weights": "a"}, replace=True).done == {"1"}
+    assert Predictions(tmp_path / "p.jsonl", {"weights": "b"}, replace=True).done == set()
+    assert read_predictions(tmp_path / "p.jsonl") == ({"weights": "b"}, [])
+
+
 @pytest.mark.parametrize("mode", ["split", "matched"])
 def test_a_cut_off_run_goes_on_where_it_stopped(evaluate, mode):
     whole = evaluate(mode, out="whole")

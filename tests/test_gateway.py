@@ -6,6 +6,7 @@ import contextlib
 import json
 import socket
 import threading
+import time
 import weakref
 from io import BytesIO
 from pathlib import Path
@@ -589,6 +590,23 @@ def test_a_bad_body_is_a_400_that_says_why(refusing, body, message):
     refused(refusing.post(body), 400, message)
 
 
+def test_a_body_of_a_million_nothings_is_not_parsed(refusing):
+    refused(refusing.post(PLAIN + b'"metadata":{"a":[' + b"{}," * 999_999 + b"{}]}}"), 413, "JSON values")
+
+
+def test_fields_of_a_message_are_named(gateway, engines):
+    def message(**fields):
+        return {"messages": [{"role": "user", "content": "hi", **fields}]}
+
+    refused(gateway.post(message(bogus=1)), 400, "unknown field messages[0].bogus")
+    refused(gateway.post(message(name="<image>")), 400, "messages[0].name has 1 times '<image>'")
+    tools = [{"type": "function", "function": {"name": "f", "description": "<image>"}}]
+    refused(gateway.post(message() | {"tools": tools}), 400, "tools has 1 times '<image>'")
+    # What clients send back of an answer is empty there, and not passed on.
+    assert gateway.post(message(refusal=None, annotations=[], name="Ann")).status_code == 200
+    assert asked(*engines)[0]["messages"] == [{"role": "user", "content": "hi", "name": "Ann"}]
+
+
 @pytest.mark.parametrize("depth", range(100, 1100, 50))
 def test_no_depth_of_nesting_is_a_failure(one_gateway, engines, depth):
     answer = one_gateway.post(PLAIN + b'"metadata":' + nested(depth) + b"}")
@@ -931,13 +949,55 @@ def test_before_any_replica_was_up_there_is_a_503_and_it_comes_later(serve, engi
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
 def test_a_silent_replica_is_a_504_and_stays(serve, engines, stream):
-    gateway = serve(limits={"first_token_seconds": 0.5}, health_seconds=60)
+    limit = "first_token_seconds" if stream else "answer_seconds"
+    gateway = serve(limits={limit: 0.5}, health_seconds=60)
     for engine in engines:
         engine.mode = "slow" if stream else "hang"
     error = refused(gateway.ask(red_scene(), stream=stream), 504, "no answer from the engine within 0.5 s")
     assert error["code"] == "engine_timeout"
     assert len(asked(*engines)) == 1 and set(gateway.health().values()) == {"up"}
     wait_until(lambda: sum(engine.cancelled for engine in engines) == 1)
+
+
+def test_a_long_answer_that_is_not_streamed_is_waited_for(serve, engines):
+    """Nothing is heard of it before it is complete."""
+    gateway = serve(limits={"first_token_seconds": 0.2}, health_seconds=60)
+    for engine in engines:
+        engine.mode = "slow"
+    asking, answers = in_thread(gateway.ask, red_scene())
+    wait_until(lambda: asked(*engines))
+    time.sleep(0.5)
+    for engine in engines:
+        engine.step()
+    asking.join()
+    assert answers[0].status_code == 200
+
+
+def test_an_engine_without_its_core_is_passed_over(serve, engines):
+    """vLLM's server outlives its core, and says so inside a 200."""
+    gateway = serve(health_seconds=60)
+    first = gateway.ask(red_scene(), stream=True)
+    (home,) = [engine for engine in engines if engine.requests]
+    home.mode = "no core"
+    assert streamed_text(gateway.ask(red_scene(), stream=True).content) == streamed_text(first.content)
+    assert gateway.metric("retries_total") == 1
+    assert gateway.metric("replica_errors_total", replica=home.url) == 1
+    for engine in engines:
+        engine.mode = "no core"
+    refused(gateway.ask(red_scene(), stream=True), 502, "no replica could answer")
+    for engine in engines:
+        engine.mode = "refusal"
+    assert events_of(gateway.ask(red_scene(), stream=True).content)[0]["error"]["code"] == 400
+
+
+def test_who_reads_no_further_loses_the_place(serve, engines):
+    gateway = serve(limits={"answer_seconds": 0.5, "concurrent": 1}, health_seconds=60)
+    for engine in engines:
+        engine.mode = "slow"
+        engine.step()
+    with pytest.raises(httpx.RemoteProtocolError):
+        gateway.ask(red_scene(), stream=True)
+    wait_until(gateway.is_idle)
 
 
 def test_a_replica_that_falls_silent_within_an_answer_is_told(serve, engines):
@@ -1229,6 +1289,13 @@ def test_one_image_that_fails_ends_the_fetching_of_the_others(serve, engines):
     refused(answer, 400, "host 'example.org' answered 404 for an image")
     wait_until(lambda: web.left == web.asked - 1, 1)
     assert asked(*engines) == []
+
+
+def test_fetched_images_are_bounded_together(serve, engines):
+    size = len(base64.b64decode(data_url(red_scene(14, 14)).split(",")[1]))
+    gateway = serve(SlowWeb().parts(), limits={"body_bytes": 3 * size})
+    assert gateway.ask(*["http://example.org/a.png"] * 3).status_code == 200
+    refused(gateway.ask(*["http://example.org/a.png"] * 4), 413, "images are too large together")
 
 
 def test_who_leaves_ends_the_fetching(serve, engines):

@@ -15,6 +15,7 @@ import torch
 import yaml
 from datasets import Dataset
 from packaging.version import Version
+from PIL import Image
 from safetensors.torch import load_file
 from test_training import base, trainer_for  # noqa: F401
 from trl import ModelConfig
@@ -33,7 +34,7 @@ from backdrop.train.ladder import read_chain, run_ladder
 from backdrop.train.sft import build_trainer, outline_trainable, parse, run
 from backdrop.train.stages import check_start, read_stage
 from backdrop.train.trainable import select_trainable, trainable_rows
-from backdrop.train.trainer import answer_scores, replace_files
+from backdrop.train.trainer import MismatchCollator, answer_scores, replace_files
 
 RECIPES = Path(sft.__file__).parent / "recipes"
 SHIPPED = sorted(
@@ -93,6 +94,12 @@ def test_a_misspelt_key_is_named(tmp_path):
         ({"train_last_layers": 7}, "train_last_layers is 7; the language model has 2 layers"),
         ({"num_prefusion_layers": 3}, "num_prefusion_layers is 3, but the model has 1"),
         ({"requires_stage": "align"}, "names no stage; wanted a checkpoint of stage 'align'"),
+        (
+            {"use_peft": True, "trainable": ["prefusion"]},
+            r"trainable is \['prefusion'\] beside use_peft; wanted lora_also",
+        ),
+        ({"lora_modules_to_save": ["x"]}, r"lora_modules_to_save is \['x'\].* wanted lora_also_trains"),
+        ({"eval_strategy": "epoch"}, "eval_strategy is .*epoch.* without rows; wanted eval_dataset"),
         ({"load_in_4bit": True}, "bf16 is false with load_in_4bit"),
         ({"streaming": True}, "max_steps is -1 with streaming"),
         ({"raster_order": True}, "raster_order is True, but there are separators"),
@@ -162,10 +169,41 @@ def test_a_trainable_part_that_nothing_reads_stops_the_run(base):  # noqa: F811
         return {**row, "images": row["images"][:1]}
 
     trainer.train_dataset = [background_only(dataset[i]) for i in range(len(dataset))]
-    with pytest.raises(
-        ValueError, match="without a gradient after the first step: .*object_multi_modal_projector"
-    ):
+    with pytest.raises(ValueError, match="without a gradient after 2 steps: .*object_multi_modal_projector"):
         trainer.train()
+
+
+def test_a_first_step_without_images_is_no_mistake(base):  # noqa: F811
+    """LLaVA's mix has rows of text alone: a projector is looked at once there was an image."""
+
+    def train(images):
+        trainer = trainer_for(base, trainable=["multi_modal_projector", "language_model"])
+        rows = [trainer.train_dataset[i] for i in range(8)]
+        trainer.train_dataset = [
+            row if i >= 4 and images else {**row, "images": []} for i, row in enumerate(rows)
+        ]
+        trainer.args.train_sampling_strategy = "sequential"
+        trainer.args.max_steps = 3 if not images else 2
+        trainer.train()
+
+    train(images=True)
+    with pytest.raises(ValueError, match="after 3 steps: model.multi_modal_projector"):
+        train(images=False)
+
+
+def test_gradients_that_an_engine_has_taken_away_count(base):  # noqa: F811
+    """DeepSpeed steps and clears inside `backward`, before the optimizer's step is announced."""
+    trainer = trainer_for(base, trainable=["multi_modal_projector"])
+    trainer.create_optimizer()
+    whole = trainer.training_step
+
+    def stepping(model, inputs, *args, **kwargs):
+        loss = whole(model, inputs, *args, **kwargs)
+        model.zero_grad(set_to_none=True)
+        return loss
+
+    trainer.training_step = stepping
+    trainer.train()
 
 
 @pytest.mark.parametrize("change", ["one", "all_alike", "a_row"])
@@ -297,6 +335,14 @@ def test_the_matching_loss_is_the_ranking_of_likelihoods(base):  # noqa: F811
         trainer.data_collator([trainer.train_dataset[0]])
 
 
+def test_mismatched_images_are_others_and_as_many():
+    """Two captions of one image in a row, and a row with two images: none is told that its own image is wrong."""
+    seen = MismatchCollator(lambda rows: {"images": [row["images"] for row in rows]})
+    one, two, other = (Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(3))
+    rows = [{"images": images} for images in ([one], [one.copy()], [one, two], [other], [])]
+    assert seen(rows)["mismatched"]["images"] == [[other], [other], [one, two], [one], []]
+
+
 def test_rows_of_the_other_kind_are_refused(base):  # noqa: F811
     trainer = trainer_for(base, trainable=["multi_modal_projector"], group_kinds="background")
     with pytest.raises(
@@ -308,6 +354,38 @@ def test_rows_of_the_other_kind_are_refused(base):  # noqa: F811
 # ---- saving and going on
 
 
+def test_an_adapter_is_evaluated_as_it_was_trained(base):  # noqa: F811
+    words = ["--model", base / "model", "--dataset", base / "rows", "--output_dir", base / "out", *CPU]
+    words += ["--use_peft", "true", "--lora_r", 2, "--masked_attention", "false", "--max_steps", 1]
+    run(*parse([*map(str, words)]))
+    assert BackdropConfig.from_pretrained(base / "model").masked_attention
+    model, _ = load(base / "out", "cpu")
+    assert not model.config.masked_attention and not model.model.config.masked_attention
+
+
+def test_rows_to_evaluate_on_give_a_loss(base):  # noqa: F811
+    words = ["--model", base / "model", "--dataset", base / "rows", "--output_dir", base / "out", *CPU]
+    words += ["--eval_dataset", base / "rows", "--eval_split", "train", "--eval_strategy", "epoch"]
+    words += ["--num_train_epochs", 2, "--load_best_model_at_end", "true", "--save_total_limit", 1]
+    run(*parse([*map(str, words)]))
+    log = json.loads((base / "out" / "log.json").read_text())
+    assert sum("eval_loss" in entry for entry in log) == 2
+    assert json.loads((base / "out" / "bad_rows.json").read_text()) == []
+
+
+def test_the_seed_draws_new_parts_too(base):  # noqa: F811
+    def drawn(seed):
+        words = ["--model", base / "model", "--dataset", base / "rows", "--output_dir", base / "out", *CPU]
+        words += ["--separators", "random", "--num_prefusion_layers", 2, "--seed", seed]
+        model = BackdropForConditionalGeneration.from_pretrained(base / "model")
+        model.config.separator_token_ids = None
+        return build_trainer(*parse([*map(str, words)])).model.state_dict()
+
+    first, again, other = drawn(1), drawn(1), drawn(2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
 def losses(trainer):
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
@@ -316,7 +394,7 @@ def losses(trainer):
 def test_a_resumed_run_has_the_same_losses(base, lora):  # noqa: F811
     def trainer():
         options = ModelConfig(use_peft=lora, lora_r=2)
-        made = trainer_for(base, options, trainable=["multi_modal_projector", "separators"])
+        made = trainer_for(base, options, trainable=None if lora else ["multi_modal_projector", "separators"])
         made.args.max_steps, made.args.logging_steps = 6, 1
         made.args.save_strategy, made.args.save_steps = "steps", 3
         return made

@@ -146,6 +146,19 @@ def test_a_bomb_is_refused_by_its_header(side, monkeypatch):
         tracemalloc.stop()
 
 
+def test_a_jpeg_of_many_scans_is_refused():
+    """Twelve bytes a scan, and each is a pass over the whole image."""
+    buffer = BytesIO()
+    Image.radial_gradient("L").convert("RGB").save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    assert 1 < data.count(b"\xff\xda") < 20
+    assert open_image(data, 10**6).size == (256, 256)
+    last = data.rindex(b"\xff\xda")
+    with pytest.raises(ApiError, match="scans; wanted at most 64") as caught:
+        open_image(data[:last] + 100 * data[last:-2] + data[-2:], 10**6)
+    assert caught.value.status == 413
+
+
 def test_a_webp_bomb_is_refused():
     refused(413, "200 x 200 pixels", open_image, encoded(Image.new("RGB", (200, 200)), "WEBP"), PIXELS)
     size = struct.pack("<I", 16_382)[:3]

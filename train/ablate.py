@@ -137,14 +137,15 @@ def run_cell(cell: Cell, seed: int, matrix: Matrix) -> dict:
     start = train_stage({"train": False, **switches, **where}, cell.start, out / "start")
     if matrix.rows:
         training["dataset"] = str(scene_rows(start, cell.rows, Path(matrix.out, "rows")))
-    begun = time.monotonic()
+    begun, log = time.monotonic(), out / "stage" / "train.log"
+    before = log.stat().st_mtime_ns if log.is_file() else None
     model = (
         train_stage({**training, "seed": seed}, start, out / "stage")
         if training.get("train", True)
         else start
     )
     minutes = out / "minutes.json"
-    if not minutes.is_file():
+    if not minutes.is_file() or (log.stat().st_mtime_ns if log.is_file() else None) != before:
         write_atomically(minutes, json.dumps((time.monotonic() - begun) / 60) + "\n")
     return {
         "records": read_score(cell.score).records(model, folder / cell.folder / "score"),
@@ -161,7 +162,7 @@ def run_matrix(matrix: Matrix) -> dict:
     for cell, seed in tqdm(work, desc="cells"):
         try:
             found[cell.name, seed] = run_cell(cell, seed, matrix)
-        except (RuntimeError, ValueError) as error:
+        except (ImportError, RuntimeError, ValueError) as error:
             # The others are worth having; a cell that failed is named, not in the table.
             failed[f"{cell.name}, seed {seed}"] = str(error)
             tqdm.write(f"{cell.name}, seed {seed}: {error}", file=os.sys.stderr)
@@ -254,7 +255,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("matrix", type=Path)
-    parser.add_argument("--report", type=Path, required=True, help="JSON; .md and .png lie beside it")
+    parser.add_argument("--report", type=Path, help="JSON; .md and .png lie beside it (OUT/report.json)")
     parser.add_argument("--list", action="store_true", help="print the cells and their recipes, run nothing")
     options = parser.parse_args()
     matrix = read_matrix(options.matrix)
@@ -263,10 +264,12 @@ def main() -> None:
             print(f"# {cell.name}\n{yaml.safe_dump({**cell.recipe, 'rows': cell.rows}, sort_keys=False)}")
         return
     report = run_matrix(matrix)
-    write_atomically(options.report, json.dumps(report, indent=2, default=str) + "\n")
-    write_atomically(options.report.with_suffix(".md"), markdown(report) + "\n")
+    path = options.report or Path(matrix.out, "report.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(report, indent=2, default=str) + "\n")
+    write_atomically(path.with_suffix(".md"), markdown(report) + "\n")
     if report["cells"]:
-        plot(report, options.report.with_suffix(".png"))
+        plot(report, path.with_suffix(".png"))
     print(markdown(report))
 
 

@@ -31,6 +31,7 @@ from backdrop.evaluation.predictions import (
 from backdrop.evaluation.run import PREDICTIONS, evaluate_examples
 from backdrop.evaluation.scenes import BATCH, FORMS, MAX_NEW_TOKENS, answer_form, scene_questions
 from backdrop.evaluation.tasks import task
+from backdrop.hub_export.export import ADAPTER_FILES, load_checkpoint
 
 from .assemble import ModelArguments, assemble
 from .data.load import examples
@@ -73,14 +74,14 @@ class SceneScore:
 
     def records(self, model: Path, folder: Path) -> dict[str, list[dict]]:
         """Answers in each form: form -> records, one per question."""
-        loaded = load_for_scoring(model, self.loaded)
+        loaded = load_for_scoring(model, self.loaded, folder)
         found = {}
         for name in self.forms:
             form = FORMS[name]
             header = {"form": name, "split": self.split, "scenes": self.scenes, "questions": self.questions}
             header |= {"seed": self.seed, "loaded": self.loaded, "images_last": self.images_last}
             header |= model_fingerprint(*loaded, str(model))
-            predictions = Predictions(folder / f"{name}.jsonl", header)
+            predictions = Predictions(folder / f"{name}.jsonl", header, replace=True)
             answerer = Answerer(*loaded, form.mode, form.tolerance, MAX_NEW_TOKENS, self.images_last)
             cases = scene_questions(
                 self.split, self.scenes, self.seed, self.questions, form.disturb, form.earlier == "reference"
@@ -117,7 +118,7 @@ class DataScore:
 
     def records(self, model: Path, folder: Path) -> dict[str, list[dict]]:
         """Answers in each mode: mode -> records."""
-        loaded = load_for_scoring(model, self.loaded)
+        loaded = load_for_scoring(model, self.loaded, folder)
         found = {}
         for mode in self.forms:
             rows = examples(
@@ -139,6 +140,7 @@ class DataScore:
                 header=header | model_fingerprint(*loaded, str(model)),
                 tolerance=self.tolerance if mode == "matched" else 0.0,
                 batch_size=self.batch_size,
+                replace=True,
             )
             found[mode] = read_predictions(folder / mode / PREDICTIONS)[1]
         return found
@@ -157,8 +159,16 @@ def read_score(options: dict) -> SceneScore | DataScore:
     return kind(**{**options, "forms": tuple(options.get("forms", ("split",)))})
 
 
-def load_for_scoring(model: Path, loaded: dict):
-    """Model and processor of a finished stage; an adapter is merged, the language model quantised where asked for."""
+def load_for_scoring(model: Path, loaded: dict, folder: Path):
+    """Model and processor of a finished stage; an adapter is merged, the language model quantised where asked for.
+
+    `folder` takes the merged model of an adapter that is to be quantised: its base must not be before.
+    """
+    if loaded and Path(model, ADAPTER_FILES[0]).is_file():
+        merged = folder / "merged"
+        for part in load_checkpoint(model):
+            part.save_pretrained(merged)
+        model = merged
     if loaded:
         names = {f.name for f in fields(ModelArguments)}
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a cast at every product
@@ -178,7 +188,10 @@ def folder_digest(folder: str | Path) -> str:
         return str(folder)
     for path in paths:
         with path.open("rb") as file:
-            found.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+            content = hashlib.sha256()
+            while block := file.read(2**20):
+                content.update(block)
+            found.update(path.name.encode() + content.digest())
     return found.hexdigest()[:16]
 
 

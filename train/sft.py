@@ -13,7 +13,7 @@ import logging
 import re
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,19 +22,36 @@ from datasets import Dataset, IterableDataset
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
+from transformers import set_seed
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.processing_backdrop import BackdropProcessor
-
-from .assemble import ModelArguments, assemble, build_processor, outline
-from .data.load import load_rows
-from .stages import check_start, write_stage
-from .trainable import TrainableCheck, last_layers, print_trainable, select_trainable, trainable_rows
-from .trainer import GROUP_KINDS, PARTIAL, BackdropTrainer, replace_files
+from backdrop.train.assemble import ModelArguments, assemble, build_processor, outline
+from backdrop.train.data.load import BAD_ROWS, load_rows
+from backdrop.train.data.rows import BadRows
+from backdrop.train.stages import check_start, write_stage
+from backdrop.train.trainable import (
+    TrainableCheck,
+    last_layers,
+    print_trainable,
+    select_trainable,
+    trainable_rows,
+)
+from backdrop.train.trainer import GROUP_KINDS, PARTIAL, BackdropTrainer, replace_files
 
 # Only the language model: bare names such as q_proj would reach into the tower and prefusion too.
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+TRAINABLE = ["multi_modal_projector", "prefusion", "separators"]
+# Options of TRL's that nothing here reads -> what does their work.
+UNREAD = {
+    "model_name_or_path": "model",
+    "model_revision": "a local folder of that revision as model",
+    "lora_modules_to_save": "lora_also_trains",
+    "lora_target_parameters": "lora_target_modules",
+    "lora_task_type": "CAUSAL_LM",
+    "bnb_4bit_quant_storage": "its default",
+}
 DRY_RUN_ROWS = 64
 # These make a folder loadable; they come last when a run ends.
 LOADED_FIRST = ("config.json", "adapter_config.json")
@@ -64,6 +81,11 @@ class BackdropArguments(ModelArguments):
         },
     )
     max_rows: int | None = field(default=None, metadata={"help": "Use only so many rows."})
+    eval_dataset: str | None = field(
+        default=None,
+        metadata={"help": "As dataset, for the loss that eval_strategy asks for; the same dataset_name."},
+    )
+    eval_split: str = field(default="validation", metadata={"help": "Split of eval_dataset."})
     stage: str | None = field(default=None, metadata={"help": "Name noted beside the finished checkpoint."})
     requires_stage: str | None = field(
         default=None, metadata={"help": "Refuse to start from a checkpoint of any other stage."}
@@ -71,10 +93,11 @@ class BackdropArguments(ModelArguments):
     train: bool = field(
         default=True, metadata={"help": "False: set the switches above and save, without a step."}
     )
-    trainable: list[str] = field(
-        default_factory=lambda: ["multi_modal_projector", "prefusion", "separators"],
+    trainable: list[str] | None = field(
+        default=None,
         metadata={
-            "help": "Without LoRA: regular expressions over parameter names, `separators`; all else is frozen."
+            "help": "Without LoRA: regular expressions over parameter names, `separators`; all else is frozen. "
+            f"Default: {', '.join(TRAINABLE)}."
         },
     )
     train_last_layers: int = field(
@@ -125,13 +148,17 @@ def choose_trainable(model, arguments: BackdropArguments, options: ModelConfig) 
     if not options.use_peft:
         if options.load_in_4bit or options.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit train adapters only; wanted use_peft: true.")
-        patterns = arguments.trainable + last_layers(model, arguments.train_last_layers)
+        patterns = (TRAINABLE if arguments.trainable is None else arguments.trainable) + last_layers(
+            model, arguments.train_last_layers
+        )
         select_trainable(model, patterns)
         return None
     if arguments.train_last_layers:
         raise ValueError(
             f"train_last_layers is {arguments.train_last_layers} beside use_peft; wanted one of the two."
         )
+    if arguments.trainable is not None:
+        raise ValueError(f"trainable is {arguments.trainable} beside use_peft; wanted lora_also_trains.")
     optional = {"prefusion", "object_vision_tower", "object_multi_modal_projector"}
     missing = [name for name in arguments.lora_also_trains if not hasattr(model.model, name)]
     unknown = sorted(set(missing) - optional)
@@ -187,20 +214,29 @@ def outline_trainable(arguments: BackdropArguments, options: ModelConfig):
 def build_trainer(arguments: BackdropArguments, training: SFTConfig, options: ModelConfig) -> BackdropTrainer:
     """Model, rows and trainer of a recipe, everything checked before a weight is read."""
     check_recipe(arguments, training, options)
-    rows = training_rows(arguments)
+    rows, bad = training_rows(arguments)
+    eval_rows = None
+    if arguments.eval_dataset is not None:
+        eval_rows, _ = training_rows(
+            replace(arguments, dataset=arguments.eval_dataset, dataset_split=arguments.eval_split)
+        )
+    set_seed(training.seed)  # new layers, copies and tokens are drawn before the trainer sets it
     model, processor = assemble(arguments, options)
     model.config.trained_on_groups = model.config.trained_on_groups or processor.image_processor.split
     peft_config = choose_trainable(model, arguments, options)
-    return BackdropTrainer(
+    trainer = BackdropTrainer(
         model=model,
         args=training,
         train_dataset=rows,
+        eval_dataset=eval_rows,
         processing_class=processor,
         peft_config=peft_config,
         callbacks=[TrainableCheck()],
         matching_loss=arguments.matching_loss,
         group_kinds=arguments.group_kinds,
     )
+    trainer.bad_rows = bad
+    return trainer
 
 
 def check_recipe(arguments: BackdropArguments, training: SFTConfig, options: ModelConfig) -> None:
@@ -211,6 +247,16 @@ def check_recipe(arguments: BackdropArguments, training: SFTConfig, options: Mod
         )
     if arguments.train and arguments.dataset is None:
         raise ValueError("dataset is null; wanted the rows to train on (or train: false).")
+    if training.eval_strategy != "no" and arguments.eval_dataset is None:
+        raise ValueError(
+            f"eval_strategy is {str(training.eval_strategy)!r} without rows; wanted eval_dataset."
+        )
+    defaults = ModelConfig()
+    for name, instead in UNREAD.items():
+        if getattr(options, name, None) != getattr(defaults, name, None):
+            raise ValueError(
+                f"{name} is {getattr(options, name)!r}, which is not read here; wanted {instead}."
+            )
     if arguments.streaming and training.max_steps <= 0:
         raise ValueError(f"max_steps is {training.max_steps} with streaming; wanted the number of steps.")
     if arguments.streaming and training.accelerator_config.dispatch_batches is not False:
@@ -225,8 +271,8 @@ def check_recipe(arguments: BackdropArguments, training: SFTConfig, options: Mod
         outline_trainable(arguments, options)
 
 
-def training_rows(arguments: BackdropArguments) -> Dataset | IterableDataset:
-    """The recipe's rows; bad ones are counted and named on the console."""
+def training_rows(arguments: BackdropArguments) -> tuple[Dataset | IterableDataset, BadRows]:
+    """The recipe's rows, and the bad ones: named on the console, of a stream only known when it has been read."""
     rows, bad = load_rows(
         arguments.dataset_name,
         arguments.dataset,
@@ -239,7 +285,7 @@ def training_rows(arguments: BackdropArguments) -> Dataset | IterableDataset:
     )
     if len(bad):
         logger.warning(bad.summary())
-    return rows
+    return rows, bad
 
 
 def dry_run(arguments: BackdropArguments, training: SFTConfig, options: ModelConfig) -> None:
@@ -248,13 +294,13 @@ def dry_run(arguments: BackdropArguments, training: SFTConfig, options: ModelCon
         raise ValueError(
             f"the memory estimate runs TRL's own loss: TRL is {version('trl')}, wanted 1.16 or newer"
         )
-    from .memory import estimate, print_memory
+    from backdrop.train.memory import estimate, print_memory
 
     check_recipe(arguments, training, options)
     model = outline_trainable(arguments, options)
     print_trainable(trainable_rows(model))
     processor = build_processor(arguments)
-    longest, images, groups = row_shape(training_rows(arguments), processor)
+    longest, images, groups = row_shape(training_rows(arguments)[0], processor)
     found = estimate(
         model,
         training,
@@ -305,6 +351,9 @@ def finish(trainer: BackdropTrainer, arguments: BackdropArguments, training: SFT
         )
     trainer.model.config.save_pretrained(built)
     trainer.processing_class.save_pretrained(built)
+    if arguments.streaming and len(trainer.bad_rows):
+        logger.warning(trainer.bad_rows.summary())
+    (built / BAD_ROWS).write_text(json.dumps(list(trainer.bad_rows), indent=1), encoding="utf-8")
     (built / "log.json").write_text(json.dumps(trainer.state.log_history, indent=2))
     write_stage(built, arguments.stage, recipe)
     replace_files(built, out, LOADED_FIRST)
@@ -316,7 +365,10 @@ def set_switches(
 ) -> None:
     """A stage in which nothing trains: the model with the recipe's switches set."""
     check_recipe(arguments, training, options)
+    if training.process_index:
+        return
     out, built = Path(training.output_dir), Path(training.output_dir, PARTIAL, "final")
+    set_seed(training.seed)
     model, processor = assemble(arguments, options)
     built.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(built)

@@ -10,6 +10,7 @@ run that was cut off goes on with the step it was in.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -131,6 +132,12 @@ def _base(work: Path, seed: int, size: Size, detector: Path | None) -> Path:
     _command(
         base,
         ["scene_model", "--tower", work / "tower" / "vision_tower", *source, "--out", base, "--seed", seed],
+        start=folder_digest(work / "tower" / "vision_tower")
+        + (
+            hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+            if detector is None
+            else folder_digest(detector)
+        ),
     )
     return base
 

@@ -1,5 +1,6 @@
 """What trains, in the open: selection by name, a table before the first step, a check after it."""
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -11,10 +12,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 
-from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
+from backdrop.modeling.modeling_backdrop import BACKGROUND, OBJECT, BackdropForConditionalGeneration
 
 # Parts that a model may lack: naming one is no mistake.
 OPTIONAL_PARTS = ("prefusion", "object_vision_tower", "object_multi_modal_projector", "separators")
+PATIENCE = 20
 SEPARATORS = "separators"
 
 
@@ -126,9 +128,9 @@ def trainable_rows(model: nn.Module) -> list[dict]:
     rows = []
     for part, members in parts.items():
         parameters = [parameter for _, parameter in members]
-        total = sum(p.numel() for p in parameters)
+        total = sum(_count(p) for p in parameters)
         training = sum(
-            len(partly[name]) * p.shape[-1] if name in partly else p.numel()
+            len(partly[name]) * p.shape[-1] if name in partly else _count(p)
             for name, p in members
             if p.requires_grad
         )
@@ -143,6 +145,14 @@ def trainable_rows(model: nn.Module) -> list[dict]:
             }
         )
     return rows
+
+
+def _count(parameter: nn.Parameter) -> int:
+    """Numbers of a parameter, also where bitsandbytes has packed two of 4 bits in a byte or ZeRO-3 keeps it elsewhere."""
+    packed = getattr(parameter, "quant_state", None)
+    if packed is not None:
+        return math.prod(packed.shape)
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def print_trainable(rows: list[dict]) -> None:
@@ -173,29 +183,58 @@ def _part(name: str) -> str:
 
 
 class TrainableCheck(TrainerCallback):
-    """Stops after the first step if a trainable parameter got no gradient or a frozen one moved."""
+    """Stops after the first step if a trainable parameter got no gradient or a frozen one moved.
+
+    Parts that only images reach are looked at once there was an image, a copy for one kind of groups once there was one
+    of these, all of them after `PATIENCE` steps: the first rows of a mixed set may have none.
+
+    Attributes:
+        kinds: kinds of groups in the batches so far; the trainer tells.
+    """
 
     def __init__(self):
+        self.kinds: set[int] = set()
         self._frozen: dict[str, tuple] = {}
-        self._checked = False
+        self._waiting: dict[str, nn.Parameter] = {}
+        self._reached: set[str] = set()
+        self._hooks: list = []
+        self._stepped = False
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._frozen = dict(_frozen_values(model))
+        self._waiting = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        # DeepSpeed takes gradients away before the optimizer's step is announced.
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._reached.add(name))
+            for name, parameter in self._waiting.items()
+        ]
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if self._checked:
+        if not self._waiting:
             return
-        gradient = _gradient_reader(args)
-        without = [name for name, p in model.named_parameters() if p.requires_grad and gradient(p) is None]
+        without = [n for n, p in self._waiting.items() if n not in self._reached and p.grad is None]
+        self._waiting = {name: self._waiting[name] for name in without}
+        step = state.global_step + 1
+        if step < min(PATIENCE, state.max_steps):
+            without = [name for name in without if self._was_asked(name)]
         if without:
-            raise ValueError(
-                f"Trainable parameters without a gradient after the first step: {', '.join(without)}."
-            )
+            when = "the first step" if step == 1 else f"{step} steps"
+            raise ValueError(f"Trainable parameters without a gradient after {when}: {', '.join(without)}.")
+        if not self._waiting:
+            for hook in self._hooks:
+                hook.remove()
+
+    def _was_asked(self, name: str) -> bool:
+        if "prefusion" in name:
+            return bool(self.kinds)
+        if not re.search(r"vision_tower|multi_modal_projector", name):
+            return True
+        return (OBJECT if "object_" in name else BACKGROUND) in self.kinds
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if self._checked:
+        if self._stepped:
             return
-        self._checked = True
+        self._stepped = True
         now = dict(_frozen_values(model))
         moved = [name for name, value in self._frozen.items() if now.get(name) != value]
         self._frozen = {}
@@ -219,12 +258,3 @@ def _frozen_values(model: nn.Module) -> Iterator[tuple[str, tuple]]:
         elif parameter.requires_grad:
             continue
         yield name, (torch.hash_tensor(value).item(), float(value.sum(dtype=torch.float64)))
-
-
-def _gradient_reader(args):
-    """How a parameter's gradient is read: DeepSpeed keeps it in buffers of its own."""
-    if getattr(args, "deepspeed", None):
-        from deepspeed.utils import safe_get_full_grad
-
-        return safe_get_full_grad
-    return lambda parameter: parameter.grad

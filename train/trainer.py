@@ -13,7 +13,7 @@ from trl import SFTTrainer
 
 from backdrop.modeling.modeling_backdrop import BACKGROUND, OBJECT
 
-from .trainable import mask_sharded_gradients, row_trained_names
+from .trainable import TrainableCheck, mask_sharded_gradients, row_trained_names
 
 PARTIAL = ".partial"
 GROUP_KINDS = {"any": {BACKGROUND, OBJECT}, "background": {BACKGROUND}, "object": {OBJECT}}
@@ -53,8 +53,12 @@ class BackdropTrainer(SFTTrainer):
     def get_decay_parameter_names(self, model) -> list[str]:
         return [name for name in super().get_decay_parameter_names(model) if name not in self._partly_trained]
 
-    def training_step(self, model, *args, **kwargs) -> torch.Tensor:
-        loss = super().training_step(model, *args, **kwargs)
+    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+        kinds = set(inputs["group_kind"].tolist()) if inputs.get("group_kind") is not None else set()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TrainableCheck):
+                callback.kinds |= kinds
+        loss = super().training_step(model, inputs, *args, **kwargs)
         mask_sharded_gradients(model, self._partly_trained)
         return loss
 
@@ -128,7 +132,10 @@ def answer_scores(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 
 @dataclass
 class MismatchCollator:
-    """Adds `mismatched`: the same conversations, each with the images of the row before it."""
+    """Adds `mismatched`: the same conversations, each with other images: those of the nearest row before it that has as many.
+
+    Where a batch has none (captions of one image, other numbers of images) a row keeps its own and adds no gradient.
+    """
 
     collator: Any
 
@@ -138,11 +145,12 @@ class MismatchCollator:
                 f"matching_loss compares rows of a batch, and this one has {len(examples)}; wanted a batch size of 2 or "
                 "more, and dataloader_drop_last."
             )
-        images = [example["images"] for example in examples]
-        shifted = [
-            {**example, "images": list(other)}
-            for example, other in zip(examples, images[-1:] + images[:-1], strict=True)
-        ]
+        images = [list(example["images"]) for example in examples]
+        shifted = []
+        for i, example in enumerate(examples):
+            before = images[i - 1 :: -1] + images[:i:-1] if i else images[:0:-1]
+            others = (other for other in before if len(other) == len(images[i]) and other != images[i])
+            shifted.append({**example, "images": next(others, images[i])})
         return {**self.collator(examples), "mismatched": dict(self.collator(shifted))}
 
 
@@ -155,7 +163,7 @@ class KindCollator:
 
     def __call__(self, examples: list[dict]) -> dict:
         batch = self.collator(examples)
-        found = set(batch["group_kind"].tolist())
+        found = set(batch["group_kind"].tolist()) if "group_kind" in batch else set()
         if not found <= GROUP_KINDS[self.kind]:
             names = {BACKGROUND: "background", OBJECT: "object"}
             raise ValueError(

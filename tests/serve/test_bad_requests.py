@@ -5,6 +5,7 @@ import base64
 import itertools
 import json
 import struct
+import threading
 import time
 import zlib
 from http.client import HTTPConnection
@@ -22,6 +23,7 @@ from backdrop.train.scenes import render_scene
 REQUESTS = 10_000
 AT_ONCE = 16
 GROWTH = 32 * 2**20  # bytes
+PEAK = 128 * 2**20  # with 16 at a time, a megabyte each
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -53,6 +55,11 @@ def bad_requests() -> list[tuple[str, bytes, int, str, dict]]:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(buffer, "JPEG")
     jpeg = buffer.getvalue()
+    buffer = BytesIO()
+    Image.fromarray(noise).save(buffer, "JPEG", progressive=True)
+    scans = buffer.getvalue()
+    last = scans.rindex(b"\xff\xda")
+    scans = scans[:last] + 1000 * scans[last:-2] + scans[-2:]
     text = {"type": "text", "text": "What is shown?"}
     good = image(data_url(jpeg, "jpeg"))
     mixed = Image.new("RGBA", (168, 168), (1, 2, 3, 253))
@@ -63,6 +70,7 @@ def bad_requests() -> list[tuple[str, bytes, int, str, dict]]:
         ("not an image", message(image(data_url(b"hello" * 50)), text), 400, "image"),
         ("truncated", message(image(data_url(jpeg[: 3 * len(jpeg) // 4], "jpeg")), text), 400, "damaged"),
         ("bomb", message(image(data_url(bomb())), text), 413, "pixels"),
+        ("scans", message(image(data_url(scans, "jpeg")), text), 413, "scans"),
         ("placeholders", message({"type": "text", "text": "<image>" * 10_000}), 400, "10,000"),
         ("uuid", message(image(good["image_url"]["url"], uuid="0" * 40), text), 400, "uuid"),
         ("private address", message(image("http://169.254.169.254/latest"), text), 400, "169.254"),
@@ -78,7 +86,11 @@ def bad_requests() -> list[tuple[str, bytes, int, str, dict]]:
     key = {"Authorization": f"Bearer {KEYS['north']}"}
     made = [(name, json.dumps(body).encode(), status, word, key) for name, body, status, word in cases]
     made.append(("no json", b'{"messages": [', 400, "JSON", key))
-    made.append(("deep", b'{"messages": ' + b"[" * 200_000, 400, "JSON", key))
+    made.append(("deep", b'{"messages": ' + b"[" * 100_000, 400, "JSON", key))
+    values = (
+        b'{"messages": [{"role": "user", "content": "x"}], "metadata": {"a": [' + b"{}," * 300_000 + b"{}]}}"
+    )
+    made.append(("values", values, 413, "values", key))
     made.append(("no key", json.dumps(message(text)).encode(), 401, "key", {}))
     made.append(("wrong key", json.dumps(message(text)).encode(), 401, "key", {"Authorization": "Bearer x"}))
     return made
@@ -108,9 +120,25 @@ def test_ten_thousand_bad_requests(stack):
 
     asyncio.run(run(len(cases) * 20))  # pools and caches fill up
     before = gateway.memory_info().rss
-    asyncio.run(run(REQUESTS))
-    grown = gateway.memory_info().rss - before
+    peak, ended = [before], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.1):
+            peak.append(gateway.memory_info().rss)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        asyncio.run(run(REQUESTS))
+    finally:
+        ended.set()
+        watching.join()
+    grown, risen = gateway.memory_info().rss - before, max(peak) - before
+    print(
+        f"{REQUESTS:,} bad requests: memory {grown / 2**20:+.1f} MiB, at most {risen / 2**20:+.1f} MiB between"
+    )
     assert grown < GROWTH, f"{grown / 2**20:.1f} MiB"
+    assert risen < PEAK, f"{risen / 2**20:.1f} MiB"
     assert stack.metric("backdrop_requests_in_flight") == 0
     scene = render_scene("phone", 115_900, 1)
     client = BackdropClient(f"{stack.url}/v1", api_key=KEYS["south"])

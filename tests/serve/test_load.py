@@ -1,10 +1,13 @@
 """Under load and when engines are killed: nothing lost that could be served, nothing answered from another background."""
 
 import asyncio
+import contextlib
+import signal
 import threading
 import time
 
 import httpx
+import psutil
 from running import KEYS
 
 from backdrop.benchmarks.traffic import SceneTraffic, drive, is_foreign, summarize
@@ -44,6 +47,7 @@ def test_a_killed_replica_costs_cache_not_requests(stack):
 
     outcomes, names = load(stack, 25, kill)
     lost = [outcome for outcome in outcomes if outcome.text is None]
+    print(f"replica killed: {len(outcomes)} requests, {len(lost)} cut off")
     # Only answers that had begun may end, and they say so.
     assert len(lost) <= CLIENTS
     assert all("the engine was lost during the answer" in outcome.error for outcome in lost), lost
@@ -55,13 +59,36 @@ def test_a_killed_replica_costs_cache_not_requests(stack):
     assert stack.process.poll() is None
 
 
+def test_an_engine_without_its_core_costs_no_requests_either(stack):
+    """The core alone dies, as by the OOM killer: its server answers on, with errors inside a 200."""
+
+    def kill():
+        time.sleep(5)
+        server, *below = stack.engine_processes(1)
+        for process in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+
+    outcomes, names = load(stack, 20, kill)
+    lost = [outcome for outcome in outcomes if outcome.text is None]
+    print(f"core killed: {len(outcomes)} requests, {len(lost)} cut off")
+    assert len(lost) <= CLIENTS and not [outcome for outcome in outcomes if is_foreign(outcome, names)], lost
+    assert sum(outcome.right for outcome in outcomes) > 0.8 * (len(outcomes) - len(lost))
+    stack.wait_until_up()
+
+
 def test_without_engines_there_is_a_clear_error_and_an_end_to_it(stack):
-    for number in range(2):
-        stack.kill_engine(number)
-    draw = SceneTraffic(2).draw
-    outcomes = asyncio.run(drive(stack.url, "backdrop", draw, 4, 2, keys=[KEYS["north"]]))
-    assert outcomes and all(outcome.status in (502, 503) for outcome in outcomes), outcomes[:3]
-    assert all("replica" in outcome.error for outcome in outcomes)
+    def kill():
+        time.sleep(4)
+        for number in range(2):
+            stack.kill_engine(number)
+
+    outcomes, names = load(stack, 8, kill)
+    failed = [outcome for outcome in outcomes if outcome.text is None]
+    assert failed and len(failed) < len(outcomes)
+    told = ("replica", "the engine was lost during the answer", "the engine ended")
+    assert all(any(word in outcome.error for word in told) for outcome in failed), failed[:3]
+    assert not [outcome for outcome in outcomes if is_foreign(outcome, names)]
     assert httpx.get(f"{stack.url}/health", timeout=10).status_code == 503
     stack.wait_until_up()
     scene = render_scene("phone", 115_800, 1)
