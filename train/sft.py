@@ -249,7 +249,7 @@ def check_recipe(arguments: BackdropArguments, training: SFTConfig, options: Mod
         raise ValueError("dataset is null; wanted the rows to train on (or train: false).")
     if training.eval_strategy != "no" and arguments.eval_dataset is None:
         raise ValueError(
-            f"eval_strategy is {str(training.eval_strategy)!r} without rows; wanted eval_dataset."
+            f"eval_strategy is {training.eval_strategy.value!r} without rows; wanted eval_dataset."
         )
     defaults = ModelConfig()
     for name, instead in UNREAD.items():
