@@ -12,7 +12,7 @@ Not thread-safe: the matcher holds its lock around every call.
 import os
 import tempfile
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,7 +62,9 @@ class _Entry:
 
 
 class ReferenceStore:
-    """References by namespace and image side, at most `max_references` in all; the least recently used goes first.
+    """References by namespace and image side, at most `max_references` in all.
+
+    What gives way is the least recently used of the namespace that has most: a busy one does not empty the others.
 
     Args:
         patch_size: pixels.
@@ -80,6 +82,7 @@ class ReferenceStore:
         self.folder = folder
         self._entries: OrderedDict[int, _Entry] = OrderedDict()  # least recently used first
         self._born: OrderedDict[int, float] = OrderedDict()  # oldest first
+        self._counts: Counter[str] = Counter()  # by namespace
         self._shelves: dict[tuple[str, int], _Shelf] = {}
         self._files: dict[int, _SlotFile] = {}  # by S
         self._next_id = 0
@@ -99,9 +102,9 @@ class ReferenceStore:
         """
         side = image.shape[0]
         while len(self._entries) >= self.max_references:
-            self.remove(next(iter(self._entries)))
+            self._give_way(namespace)
         file = self._files.setdefault(side, _SlotFile(side, len(patch_mask), self.folder))
-        slot = self._free_slot(file)
+        slot = self._free_slot(file, namespace)
         if slot is None:
             return None
         owned = pixel_mask(patch_mask, side, self.patch_size)
@@ -116,6 +119,7 @@ class ReferenceStore:
         created = time.monotonic()
         self._entries[reference_id] = _Entry((namespace, side), row, slot, created)
         self._born[reference_id] = created
+        self._counts[namespace] += 1
         return _frozen(Reference(pixels, patch_mask.copy(), reference_id))
 
     def of_namespace(self, namespace: str) -> list[int]:
@@ -126,6 +130,9 @@ class ReferenceStore:
         """Forgets one reference."""
         entry = self._entries.pop(reference_id)
         del self._born[reference_id]
+        self._counts[entry.shelf[0]] -= 1
+        if not self._counts[entry.shelf[0]]:
+            del self._counts[entry.shelf[0]]
         shelf = self._shelves[entry.shelf]
         moved = shelf.remove(entry.row)
         if moved is not None:  # the last row took the place of the removed one
@@ -177,6 +184,7 @@ class ReferenceStore:
         """Forgets everything and gives the files back."""
         self._entries.clear()
         self._born.clear()
+        self._counts.clear()
         self._shelves.clear()
         self._files.clear()
 
@@ -185,7 +193,16 @@ class ReferenceStore:
         memory = sum(shelf.num_bytes for shelf in self._shelves.values())
         return memory, sum(file.num_bytes for file in self._files.values())
 
-    def _free_slot(self, file: "_SlotFile") -> int | None:
+    def _give_way(self, namespace: str) -> None:
+        """Forgets one reference, to make room for one of `namespace`, which gives way itself where others have as many."""
+        counts = self._counts + Counter([namespace])
+        most = max(counts.values())
+        fullest = {namespace} if counts[namespace] == most else {n for n in counts if counts[n] == most}
+        self.remove(
+            next((i for i, e in self._entries.items() if e.shelf[0] in fullest), next(iter(self._entries)))
+        )
+
+    def _free_slot(self, file: "_SlotFile", namespace: str) -> int | None:
         if not file.free:
             wanted = max(FIRST_CHUNK, file.slots)
             try:
@@ -194,7 +211,7 @@ class ReferenceStore:
                 # A full disk costs references, never an answer.
                 logger.warning_once(f"No room for more background references ({error}); older ones give way.")
         while not file.free and self._entries:
-            self.remove(next(iter(self._entries)))
+            self._give_way(namespace)
         return file.free.pop() if file.free else None
 
 

@@ -3,6 +3,7 @@
 import errno
 import io
 import threading
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -305,10 +306,13 @@ def test_the_store_keeps_what_a_dictionary_would(steps, max_references):
     model: dict[int, tuple[str, int]] = {}  # ordered, the least recently used first
     for action, namespace, value in steps:
         if action == "add":
+            if len(model) == max_references:  # the fullest gives way, the one that asks before others
+                sizes = Counter([name for name, _ in model.values()] + [str(namespace)])
+                fullest = {name for name, size in sizes.items() if size == max(sizes.values())}
+                fullest = {str(namespace)} if str(namespace) in fullest else fullest
+                del model[next((i for i, (name, _) in model.items() if name in fullest), next(iter(model)))]
             reference = store.add(str(namespace), flat(8, value), np.ones(4, dtype=bool))
             model[reference.reference_id] = (str(namespace), value)
-            if len(model) > max_references:
-                del model[next(iter(model))]
         elif model:
             chosen = list(model)[value % len(model)]
             if action == "remove":
@@ -323,6 +327,17 @@ def test_the_store_keeps_what_a_dictionary_would(steps, max_references):
             assert found == {i for i, (name, _) in model.items() if name == namespace}
         for reference_id, (_, colour) in model.items():
             assert (store.read(reference_id).pixels == colour).all()
+
+
+def test_a_busy_namespace_does_not_empty_another():
+    store = ReferenceStore(4, 10)
+    quiet = [store.add("quiet", flat(8, i), np.ones(4, dtype=bool)).reference_id for i in range(3)]
+    for i in range(100):
+        store.add("busy", flat(8, i), np.ones(4, dtype=bool))
+    assert store.of_namespace("quiet") == quiet and len(store) == 10
+    store.clear()
+    store.add("quiet", flat(8, 1), np.ones(4, dtype=bool))
+    assert len(store) == 1
 
 
 @settings(deadline=None, max_examples=60)

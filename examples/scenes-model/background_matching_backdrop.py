@@ -76,8 +76,8 @@ class BackgroundMatcher:
         max_overridden: largest share of the reference's own patches that may be stale and overridden by fresh ones.
         detect: "on_miss" runs the detector only when no background matches, "always" adds its objects to the fresh
             patches of a match.
-        max_references: references kept over all namespaces; the one least recently matched goes first. It bounds the
-            bytes: `S * S * 3 + P` on a mapped file for each, and some 500 bytes of memory.
+        max_references: references kept over all namespaces; the one least recently matched of the fullest goes first.
+            It bounds the bytes: `S * S * 3 + P` on a mapped file for each, and some 500 bytes of memory.
         ttl: seconds after which a reference is forgotten, None: never.
         refresh: replace a reference by what its frames show on average, once that pays.
         folder: where the mapped files live, None: the system's temporary folder.
