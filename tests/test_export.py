@@ -459,6 +459,9 @@ def answers_here(model, processor, images) -> dict:
     return report
 
 
+EXAMPLE = Path(__file__).parent.parent / "examples" / "scenes-model"
+
+
 def tiny_detector(folder: Path):
     """A YOLO of a few kilobytes with random weights."""
     from backdrop.processing.detector_backdrop import ObjectDetector
@@ -471,6 +474,36 @@ def tiny_detector(folder: Path):
     path = folder / "tiny.yaml"
     path.write_text(json.dumps(layers))
     return ObjectDetector.from_name_or_path(str(path))
+
+
+@pytest.mark.parametrize("by", ["the processor", "a recipe"])
+def test_a_detector_that_takes_anothers_place_is_the_one_that_is_saved(tmp_path, by):
+    """Found by ablations: the folder's own weights were written again, and two other detectors scored exactly like it."""
+    own = tiny_detector(tmp_path)
+    if by == "a recipe":
+        from backdrop.train.sft import parse, run
+
+        words = [
+            "--model",
+            str(EXAMPLE),
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--train",
+            "false",
+            "--use_cpu",
+            "true",
+        ]
+        run(*parse([*words, "--bf16", "false", "--detector", str(tmp_path / "tiny.yaml")]))
+    else:
+        processor = BackdropProcessor.from_pretrained(EXAMPLE)
+        image = Image.new("RGB", (168, 168), (9, 9, 9))
+        processor.image_processor.image_groups([image])  # its own detector is loaded
+        processor.image_processor.set_detector(own)
+        processor.save_pretrained(tmp_path / "out")
+    again = BackdropProcessor.from_pretrained(tmp_path / "out").image_processor
+    found = again._detector(again._with_defaults({}))
+    assert len(found.names) == 2
+    assert json.loads((tmp_path / "out" / "detector.json").read_text())["architecture"]["nc"] == 2
 
 
 @pytest.mark.slow

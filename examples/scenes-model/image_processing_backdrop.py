@@ -377,8 +377,9 @@ class BackdropImageProcessor(PilBackend):
         """Uses this detector, and writes its weights when the processor is saved."""
         with self._live.lock:
             self.detector = None
+            self._live.folder = None  # whose weights would be used, and written, again
             self._live.detector = detector
-            self._live.detector_key = (None, self.detector_device, self._live.folder)
+            self._live.detector_key = (None, self.detector_device, None)
 
     def save_detector(self, folder) -> list[str]:
         """Writes the detector's weights into a folder if they are at hand; the names of the files written."""
