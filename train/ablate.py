@@ -28,6 +28,7 @@ from .ladder import percent
 KEYS = {"start", "out", "design", "seeds", "rows", "score", "base", "axes"}
 DESIGNS = ("one_at_a_time", "product")
 BASE = "base"
+FAR = 15  # points from the base, beyond which a plot gives a number instead of a place
 WHERE = ("use_cpu", "bf16", "fp16")  # without them TrainingArguments refuses a machine that has no GPU
 
 
@@ -221,25 +222,46 @@ def plot(report: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    forms = list(dict.fromkeys(row["form"] for row in report["cells"]))
-    names = list(dict.fromkeys(row["cell"] for row in report["cells"]))
+    # Whole images answer the same questions as split ones: one panel.
+    shown = [row | {"panel": "split" if row["form"] == "llava" else row["form"]} for row in report["cells"]]
+    forms = list(dict.fromkeys(row["panel"] for row in shown))
+    names = list(dict.fromkeys(row["cell"] for row in shown))
     height = 1.2 + 0.32 * len(names)
     figure, panels = plt.subplots(
-        1, len(forms), figsize=(3.6 * len(forms) + 2, height), sharey=True, squeeze=False
+        1, len(forms), figsize=(4.6 * len(forms) + 2, height), sharey=True, squeeze=False
     )
     for axis, form in zip(panels[0], forms, strict=True):
-        rows = [row for row in report["cells"] if row["form"] == form]
+        rows = [row for row in shown if row["panel"] == form]
+        bases = [100 * row["score"]["value"] for row in rows if row["cell"] == names[0]]
+        middle = bases[0] if bases else 100 * rows[0]["score"]["value"]
+        left, right = middle, middle
         for row in rows:
             match = row["score"]
             value, low, high = (100 * match[key] for key in ("value", "low", "high"))
             place = len(names) - 1 - names.index(row["cell"])
             colour = "#c2410c" if row["cell"] == names[0] else "#1d4ed8"
+            if abs(value - middle) > FAR:
+                # What is far off would leave no room to tell the others apart.
+                axis.annotate(
+                    f"{value:.1f}",
+                    (0.04 if value < middle else 0.96, place),
+                    xycoords=axis.get_yaxis_transform(),
+                    ha="left" if value < middle else "right",
+                    va="center",
+                    color=colour,
+                    bbox={"boxstyle": "larrow" if value < middle else "rarrow", "fc": "none", "ec": colour},
+                )
+                continue
+            left, right = min(left, low), max(right, high)
+            marker = "s" if row["form"] == "llava" else "o"
             axis.errorbar(
-                value, place, xerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=3
+                value, place, xerr=[[value - low], [high - value]], fmt=marker, color=colour, capsize=3
             )
             if row["cell"] == names[0]:
                 axis.axvspan(low, high, color=colour, alpha=0.08, lw=0)
-        axis.set_title(form)
+        axis.set_xlim(left - 1, right + 1)
+        squares = any(row["form"] == "llava" for row in rows)
+        axis.set_title(f"{form} (squares: whole images)" if squares else form)
         axis.set_xlabel(f"{report['metric']}, % [95%]")
         axis.grid(axis="x", alpha=0.3)
     panels[0][0].set_yticks(range(len(names)), names[::-1])
@@ -267,7 +289,8 @@ def main() -> None:
     path = options.report or Path(matrix.out, "report.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(report, indent=2, default=str) + "\n")
-    write_atomically(path.with_suffix(".md"), markdown(report) + "\n")
+    command = f"`python -m backdrop.train.ablate {options.matrix} --report {path}`"
+    write_atomically(path.with_suffix(".md"), f"{command}\n\n{markdown(report)}\n")
     if report["cells"]:
         plot(report, path.with_suffix(".png"))
     print(markdown(report))
