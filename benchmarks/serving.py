@@ -15,6 +15,7 @@ weights are random and answers mean nothing; the times are those of the shape.
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -55,6 +56,8 @@ from .ttft import (
 )
 
 MODES = ("split", "whole", "llava")
+# No detector knows the objects of drawn noise, so that those of a frame and those of its reference both count as stale.
+SHAPE_MATCHING = {"max_overridden": 0.3}
 WARM_UP_SECONDS = 10
 START_SECONDS = 600
 MODEL = "backdrop"
@@ -154,7 +157,10 @@ def run_serving(
         with console.status("writing models"):
             backdrop, llava = make_folders(model, shape, folder)
         with console.status("starting two engines and two gateways"):
-            urls = stack.enter_context(_servers(backdrop, llava, python, folder, cameras, concurrency))
+            matching = {} if shape is None else SHAPE_MATCHING
+            urls = stack.enter_context(
+                _servers(backdrop, llava, python, folder, cameras, concurrency, matching)
+            )
         outcomes: dict[str, list[Outcome]] = {mode: [] for mode in MODES}
         spent = dict.fromkeys(MODES, 0.0)
         for mode in MODES:
@@ -175,6 +181,7 @@ def run_serving(
                 "concurrency": concurrency,
                 "slice_seconds": slice_seconds,
                 "fresh_share": fresh_share if shape else None,
+                "matching": matching,
                 "foreign": [
                     {"mode": m, "question": o.ask.question, "right": o.ask.answer, "answer": o.text}
                     for m in MODES
@@ -192,7 +199,7 @@ def run_serving(
 
 @contextlib.contextmanager
 def _servers(
-    backdrop: Path, llava: Path, python: str, folder: Path, cameras: int, concurrency: int
+    backdrop: Path, llava: Path, python: str, folder: Path, cameras: int, concurrency: int, matching: dict
 ) -> Iterator[dict]:
     from backdrop.modeling.configuration_backdrop import BackdropConfig
 
@@ -215,6 +222,8 @@ def _servers(
     second = EngineSettings(model=str(llava), port=stock, **common)
     environment = {**first.environment(), "HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     gateway = [sys.executable, "-m", "backdrop", "serve", str(backdrop), "--replica", first.url, "--port"]
+    (folder / "gateway.yaml").write_text(json.dumps({"matching": matching}))  # JSON is YAML
+    gateway[-1:-1] = ["--config", str(folder / "gateway.yaml")]
     commands = {
         "engine": first.command(),
         "stock": [word for word in second.command() if word not in ("--trust-remote-code",)],
