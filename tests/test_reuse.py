@@ -120,8 +120,12 @@ def test_namespaces_bypass_clear_ttl_and_bytes(image_processor, detector):
         matcher.add(np.full((56, 56, 3), step, dtype=np.uint8), np.ones(16, dtype=bool))
     assert matcher.stats()["references"] == 4
     assert matcher.stats()["file_bytes"] == 4 * (56 * 56 * 3 + 16)
-    with matcher.scope(namespace="a"):  # the least recently used went first, whoever's it was
-        assert matcher.match(np.asarray(scene(14, 14))) is None
+    with matcher.scope(namespace="a"):  # the namespace with most gave way
+        assert matcher.match(np.asarray(scene(14, 14))) is not None
+        for step in range(5):
+            matcher.add(np.full((56, 56, 3), step, dtype=np.uint8), np.ones(16, dtype=bool))
+        assert matcher.match(np.asarray(scene(14, 14))) is None  # the least recently used of its own
+        assert matcher.stats()["references"] == 4
     matcher.clear()
     assert matcher.stats()["references"] == 0 == matcher.stats()["bytes"]
 
