@@ -49,8 +49,9 @@ class Stack:
         """The server of an engine and everything below it."""
         port = self.engines[number].rsplit(":", 1)[1]
         for child in psutil.Process(self.process.pid).children():
-            if f"--port {port}" in " ".join(child.cmdline()):
-                return [child, *child.children(recursive=True)]
+            with contextlib.suppress(psutil.NoSuchProcess):  # ended while we look
+                if f"--port {port}" in " ".join(child.cmdline()):
+                    return [child, *child.children(recursive=True)]
         return []
 
     def kill_engine(self, number: int) -> None:
