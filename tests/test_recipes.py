@@ -8,6 +8,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -29,7 +30,7 @@ from backdrop.processing.processing_backdrop import BackdropProcessor
 from backdrop.train import sft
 from backdrop.train.ablate import Matrix, markdown, plot, read_matrix, run_matrix
 from backdrop.train.assemble import ModelArguments, assemble, quantization
-from backdrop.train.experiment import step, train_stage
+from backdrop.train.experiment import load_for_scoring, step, train_stage
 from backdrop.train.ladder import read_chain, run_ladder
 from backdrop.train.sft import build_trainer, outline_trainable, parse, run
 from backdrop.train.stages import check_start, read_stage
@@ -361,6 +362,19 @@ def test_an_adapter_is_evaluated_as_it_was_trained(base):  # noqa: F811
     assert BackdropConfig.from_pretrained(base / "model").masked_attention
     model, _ = load(base / "out", "cpu")
     assert not model.config.masked_attention and not model.model.config.masked_attention
+    # Quantised for a score, an adapter is merged first.
+    quantised, _ = load_for_scoring(base / "out", {"load_in_8bit": True}, base / "score")
+    assert quantised.is_loaded_in_8bit and not quantised.config.masked_attention
+
+
+def test_packed_numbers_are_counted_as_what_they_stand_for():
+    model = tiny.backdrop_model()
+    total = sum(row["parameters"] for row in trainable_rows(model))
+    weight = model.model.language_model.layers[0].mlp.up_proj.weight
+    packed = torch.nn.Parameter(torch.zeros(weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+    packed.quant_state = SimpleNamespace(shape=weight.shape)
+    model.model.language_model.layers[0].mlp.up_proj.weight = packed
+    assert sum(row["parameters"] for row in trainable_rows(model)) == total
 
 
 def test_rows_to_evaluate_on_give_a_loss(base):  # noqa: F811
