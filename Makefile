@@ -68,7 +68,7 @@ serve-test: setup serve-setup ## engines and gateway: parity, reuse, tenants, lo
 
 lmcache-test: setup serve-setup ## two engines that share backgrounds through LMCache (some 300 MB more)
 	@PIP_CONSTRAINT= $(SERVE)/bin/python -m pip install --quiet --no-deps -r requirements-lmcache.txt
-	$(BIN)/python -m pytest tests/serve/test_lmcache.py -q
+	$(BIN)/python -m pytest tests/serving/engines/test_lmcache.py -q
 
 test-oldest: $(OLDEST)/.installed ## fast tests on the lowest versions that pyproject.toml admits
 	$(OLDEST)/bin/python -m pytest -m "not real and not serve" -q

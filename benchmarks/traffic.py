@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from backdrop.train.scenes import FAMILIES, Scene, background_seeds, disturbed, render_scene
+from backdrop.scenes.world import FAMILIES, Scene, background_seeds, disturbed, render_scene
 
 # Read off the background, and different for most of them.
 NAMING_TOPICS = ("label", "sign", "name")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from backdrop.train.data.rows import BadRows, Example
+from backdrop.data.rows import BadRows, Example
 
 from .answering import Answerer, load, open_image
 from .metrics import CONFIDENCE, RESAMPLES, Metric, caption_tokenizer, figures
@@ -302,7 +302,7 @@ def run_evaluation(
     device: str = "auto",
 ) -> dict:
     """`evaluate_examples` of a model (a folder or a Hub id) and a data set by its name; see there."""
-    from backdrop.train.data.load import examples
+    from backdrop.data.load import examples
 
     task(data)
     loaded, processor = load(model, device)

@@ -1,7 +1,7 @@
 """What belongs to a data set's name: its metric, how long an answer may be, and the groups of questions it reports.
 
 The questions themselves, with LLaVA's prompt suffixes ("Answer the question using a single word or phrase."), are
-made where the rows are read (`backdrop.train.data.load`), the same ones for training and evaluation.
+made where the rows are read (`backdrop.data.load`), the same ones for training and evaluation.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ TASKS: dict[str, Task] = {
 
 
 def task(name: str) -> Task:
-    """The task of a data set, by the name that `backdrop.train.data.load` knows it under."""
+    """The task of a data set, by the name that `backdrop.data.load` knows it under."""
     if name not in TASKS:
         raise ValueError(f"data is {name!r}; wanted one of {', '.join(TASKS)}.")
     return TASKS[name]

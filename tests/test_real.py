@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command import run
 from PIL import Image
-from test_cli import run
 
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.patch_groups_backdrop import BACKGROUND, OBJECT, covered_patches

@@ -25,11 +25,11 @@ from rich.console import Console
 from transformers import set_seed
 from trl import ModelConfig, SFTConfig, TrlParser
 
+from backdrop.data.load import BAD_ROWS, load_rows
+from backdrop.data.rows import BadRows
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.processing_backdrop import BackdropProcessor
 from backdrop.train.assemble import ModelArguments, assemble, build_processor, outline
-from backdrop.train.data.load import BAD_ROWS, load_rows
-from backdrop.train.data.rows import BadRows
 from backdrop.train.stages import check_start, write_stage
 from backdrop.train.trainable import (
     TrainableCheck,
@@ -68,7 +68,7 @@ class BackdropArguments(ModelArguments):
     )
     dataset_name: str = field(
         default="rows",
-        metadata={"help": "What the data is: rows, llava_instruct, textvqa, ... (backdrop.train.data)."},
+        metadata={"help": "What the data is: rows, llava_instruct, textvqa, ... (backdrop.data)."},
     )
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
     image_folder: str | None = field(default=None, metadata={"help": "Where the images are, if apart."})

@@ -1,0 +1,1 @@
+"""Sets derived once from others: groups, stale pairs, split captions."""

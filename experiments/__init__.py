@@ -1,0 +1,1 @@
+"""Chains and matrices of recipes, and the small model that they make."""

@@ -1,0 +1,108 @@
+"""The research's ladder: a chain of recipes, each from the last one's checkpoint, each scored.
+
+    python -m backdrop.experiments.ladder experiments/recipes/ladder/scenes.yaml
+
+The chain's file names the start, the stages (recipes beside it), what all of them have in common (`common`), how rows
+are made (`rows`) or where they are (`common: {dataset: ...}`), and the score. A run that was cut off goes on.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import yaml
+
+from backdrop.evaluation.predictions import write_atomically
+
+from .steps import headline, read_score, scene_rows, train_stage
+
+KEYS = {"start", "out", "stages", "common", "rows", "score"}
+
+
+def read_chain(path: Path) -> dict:
+    """The chain, its stages read: name -> recipe.
+
+    Raises:
+        ValueError: a key that no chain has, or a recipe that is not there.
+    """
+    chain = yaml.safe_load(path.read_text())
+    unknown, missing = sorted(set(chain) - KEYS), sorted(KEYS - {"rows", "common"} - set(chain))
+    if unknown or missing:
+        raise ValueError(
+            f"{path.name} has unknown keys {unknown} and lacks {missing}; wanted {sorted(KEYS)}."
+        )
+    stages = {}
+    for name in chain["stages"]:
+        recipe = path.parent / name
+        if not recipe.is_file():
+            raise ValueError(f"{path.name} names the stage {name!r}, but {recipe} is not there.")
+        stages[recipe.stem] = yaml.safe_load(recipe.read_text())
+    return chain | {"stages": stages, "score": {k: dict(v) for k, v in chain["score"].items()}}
+
+
+def run_ladder(chain: dict) -> dict:
+    """Runs and scores every stage: name -> form -> the headline figure, with the paired difference to the first stage."""
+    out, start = Path(chain["out"]), chain["start"]
+    report: dict = {"start": Path(start).name, "stages": {}}
+    first = None
+    for name, recipe in chain["stages"].items():
+        recipe = {**recipe, **chain.get("common", {}), **_own(recipe)}
+        if recipe.get("train", True) and chain.get("rows"):
+            recipe["dataset"] = str(scene_rows(start, chain["rows"], out / "rows"))
+        start = train_stage(recipe, start, out / name / "stage")
+        score = read_score(chain["score"].get(name, chain["score"]["default"]))
+        found = score.records(start, out / name / "score")
+        scores = {form: headline(records, score.metric) for form, records in found.items()}
+        first = first or next(iter(found.values()))
+        for form, records in found.items():
+            scores[form]["difference"] = headline(records, score.metric, first)
+        report["stages"][name] = scores
+        print(f"{name}: " + ", ".join(f"{form} {s['value']:.1%}" for form, s in scores.items()), flush=True)
+    return report
+
+
+def _own(recipe: dict) -> dict:
+    """What a stage is about; what stages have in common does not override it."""
+    return {
+        key: recipe[key]
+        for key in ("stage", "requires_stage", "train", "trainable", "train_last_layers")
+        if key in recipe
+    }
+
+
+def markdown(report: dict) -> str:
+    """A row per stage and form."""
+    lines = [
+        "| stage | form | questions | score, % [95%] | to stage 1 [95%, paired] |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for stage, scores in report["stages"].items():
+        for form, score in scores.items():
+            lines.append(
+                f"| {stage} | {form} | {score['questions']} | {percent(score)} | {percent(score['difference'], True)} |"
+            )
+    return "\n".join(lines)
+
+
+def percent(value: dict, signed: bool = False) -> str:
+    """`94.5 [93.1, 95.6]`; differences with their sign."""
+    form = "{:+.1f}" if signed else "{:.1f}"
+    return f"{form.format(100 * value['value'])} [{form.format(100 * value['low'])}, {form.format(100 * value['high'])}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("chain", type=Path)
+    parser.add_argument("--report", type=Path, help="JSON of the report; a .md lies beside it")
+    options = parser.parse_args()
+    report = run_ladder(read_chain(options.chain))
+    if options.report:
+        write_atomically(options.report, json.dumps(report, indent=2) + "\n")
+        write_atomically(options.report.with_suffix(".md"), markdown(report) + "\n")
+    print(markdown(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,419 @@
+"""Accuracy on made scenes with backgrounds that training never saw, in every form that Backdrop answers in.
+
+    python -m backdrop.scenes.exam --llava runs/llava-model --model examples/scenes-model --scenes 4000 \\
+        --questions 3 --seed 0 --out docs/scenes-accuracy.json
+
+All forms are asked the same questions about the same frames, so that their differences are paired:
+
+* ``llava``: the whole frame as one group (of the model given with --llava).
+* ``split``: the detector's groups.
+* ``cached``: `split` after an earlier frame of the same background, vision tokens and prefixes kept.
+* ``exact``: an earlier frame's background in place of this one's, matched with tolerance 0.
+* ``matched``: the same with both frames as a camera sends them (noise, JPEG, light), tolerance 10;
+  ``llava_disturbed`` is its plain counterpart on the same disturbed frames.
+* ``stale``: the reference is the earlier frame with its objects, so that the background contradicts the fresh group.
+  Only questions whose answer or object changed are asked, and only where the matcher takes the reference.
+
+Cut off, the command goes on where it stopped (a file per form in --work).
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from backdrop.evaluation.answering import Answerer, PreparedImages, load
+from backdrop.evaluation.metrics import METRICS, figures
+from backdrop.evaluation.predictions import Predictions, model_fingerprint, write_atomically
+from backdrop.evaluation.run import reuse
+from backdrop.scenes.world import FAMILIES, Question, Scene, Split, background_seeds, disturbed, render_scene
+
+CAMERA_TOLERANCE = 10.0  # grey levels, what BackgroundMatcher's docstring names for cameras
+MAX_NEW_TOKENS = 16
+BATCH = (
+    32  # questions; of the small model on a CPU more are slower: activations are mapped afresh at every layer
+)
+EXACT = METRICS["exact"]
+
+# What of a frame a question is about; None: the vehicles of the kind that it names.
+_OBJECTS = {
+    ("phone", "time"): ("time",),
+    ("phone", "toggle"): ("toggle",),
+    ("phone", "alarm"): ("time",),
+    ("street", "count"): ("car", "bus", "truck", "bike"),
+    ("street", "colour"): None,
+    ("street", "plate"): None,
+    ("street", "presence"): None,
+    ("street", "side"): None,
+    ("panel", "readout"): ("readout",),
+    ("panel", "reading"): ("readout",),
+    ("panel", "lamp"): ("lamp",),
+    ("panel", "side"): ("lamp",),
+    ("panel", "needle"): ("needle",),
+    ("panel", "zone"): ("needle",),
+}
+_KINDS = ("car", "bus", "truck", "bike")
+
+
+@dataclass(frozen=True)
+class SceneQuestion:
+    """A question about a frame; `old_answer` is the earlier frame's answer to it, None where it could not be asked."""
+
+    id: str
+    question: Question
+    old_answer: str | None
+
+
+@dataclass(frozen=True)
+class SceneCase:
+    """Two frames of one background, and what is asked about the later one."""
+
+    number: int
+    earlier: Scene
+    scene: Scene
+    earlier_image: Image.Image
+    image: Image.Image
+    questions: tuple[SceneQuestion, ...]
+
+    @property
+    def background(self) -> str:
+        """What questions share that are not independent of each other."""
+        return f"{self.scene.family}/{self.scene.background_seed}"
+
+
+def scene_questions(
+    split: Split, scenes: int, seed: int, questions: int, disturb: bool = False, stale: bool = False
+) -> Iterator[SceneCase]:
+    """Scene by scene, each a function of its number and the seed alone.
+
+    Args:
+        scenes: how many.
+        questions: asked about each, or all that it has.
+        disturb: both frames pass through a camera's noise, light and JPEG, with seeds of their own.
+        stale: only those of the same questions whose answer differs between the frames or whose object changed.
+    """
+    for number in range(scenes):
+        rng = random.Random(f"eval/{split}/{seed}/{number}")
+        place = rng.choice(FAMILIES), rng.choice(background_seeds(split))
+        earlier, scene = (render_scene(*place, rng.randrange(2**31)) for _ in range(2))
+        chosen = rng.sample(range(len(scene.questions)), min(questions, len(scene.questions)))
+        asked = []
+        for k in chosen:
+            question = scene.questions[k]
+            old_answer = _answer_in(earlier, question)
+            if not stale or old_answer != question.answer or _object_changed(earlier, scene, question):
+                asked.append(SceneQuestion(f"{number}/{k}", question, old_answer))
+        images = [earlier.image, scene.image]
+        if disturb:
+            images = [disturbed(image, 2 * number + i) for i, image in enumerate(images)]
+        yield SceneCase(number, earlier, scene, *images, tuple(asked))
+
+
+def _kind(question: Question) -> str | None:
+    words = question.question.rstrip("?").split()
+    return next((kind for kind in _KINDS if kind in words), None)
+
+
+def _answer_in(frame: Scene, question: Question) -> str | None:
+    """A frame's answer to another frame's question, whatever its wording."""
+    same = (
+        other.answer
+        for other in frame.questions
+        if (other.topic, _kind(other)) == (question.topic, _kind(question))
+    )
+    return next(same, None)
+
+
+def _object_changed(earlier: Scene, scene: Scene, question: Question) -> bool:
+    if question.about == "background":
+        return False
+    names = _OBJECTS[scene.family, question.topic] or (_kind(question),)
+    boxes = [sorted(o.xyxy for o in frame.objects if o.name in names) for frame in (earlier, scene)]
+    return boxes[0] != boxes[1]
+
+
+# ---- forms
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a form is answered.
+
+    Attributes:
+        model: which of the two models, "llava" or "model".
+        mode: of the `Answerer`.
+        earlier: what becomes of the earlier frame: "unused", "seen" before this one, or "reference", objects and all.
+        baselines: forms that its answers are compared with.
+    """
+
+    model: str
+    mode: str
+    earlier: str = "unused"
+    disturb: bool = False
+    tolerance: float = 0.0
+    baselines: tuple[str, ...] = ("llava",)
+
+
+FORMS = {
+    "llava": Form("llava", "llava", baselines=()),
+    "split": Form("model", "split"),
+    "cached": Form("model", "cached", earlier="seen", baselines=("llava", "split")),
+    "exact": Form("model", "matched", earlier="seen", baselines=("llava", "split")),
+    "llava_disturbed": Form("llava", "llava", disturb=True),
+    "matched": Form(
+        "model",
+        "matched",
+        earlier="seen",
+        disturb=True,
+        tolerance=CAMERA_TOLERANCE,
+        baselines=("llava", "llava_disturbed"),
+    ),
+    "stale": Form("model", "matched", earlier="reference", baselines=("llava", "split")),
+}
+
+
+def _prepare(answerer: Answerer, form: Form, cases: list[SceneCase]) -> list[PreparedImages]:
+    """The frames, each with nothing but its own earlier frame to reuse."""
+    if form.earlier == "unused":
+        return answerer.prepare([[case.image] for case in cases])
+    matcher = answerer.processor.background_matching
+    prepared = []
+    for case in cases:
+        if matcher is not None:
+            matcher.clear()
+        if form.earlier == "seen":
+            answerer.prepare([[case.earlier_image]])
+        else:
+            (seen,) = answerer.processor.image_processor.model_images([case.earlier_image])
+            matcher.add(seen, np.ones((seen.shape[0] // matcher.patch_size) ** 2, dtype=bool))
+        prepared += answerer.prepare([[case.image]])
+    return prepared
+
+
+def answer_form(
+    answerer: Answerer,
+    form: Form,
+    cases: Iterator[SceneCase],
+    predictions: Predictions,
+    rows: int,
+    total: int,
+) -> None:
+    """Asks a form's questions, `rows` at a time, and appends the records."""
+    done = predictions.done
+    waiting: list[tuple[SceneCase, list[SceneQuestion]]] = []
+    for case in tqdm(cases, total=total, unit=" scenes"):
+        left = [question for question in case.questions if question.id not in done]
+        if left:
+            waiting.append((case, left))
+        if sum(len(questions) for _, questions in waiting) >= rows:
+            predictions.append(_ask(answerer, form, waiting))
+            waiting = []
+    if waiting:
+        predictions.append(_ask(answerer, form, waiting))
+
+
+def _ask(answerer: Answerer, form: Form, waiting: list[tuple[SceneCase, list[SceneQuestion]]]) -> list[dict]:
+    prepared = _prepare(answerer, form, [case for case, _ in waiting])
+    asked = [
+        (case, images, question)
+        for (case, questions), images in zip(waiting, prepared, strict=True)
+        for question in questions
+    ]
+    # A stale background that was not taken says nothing about who wins.
+    put = [row for row in asked if form.earlier != "reference" or row[1].matched]
+    texts = iter(
+        answerer.answer([images for _, images, _ in put], [q.question.question for _, _, q in put])
+        if put
+        else ()
+    )
+    records = []
+    for case, images, question in asked:
+        text = next(texts) if form.earlier != "reference" or images.matched else None
+        records.append(
+            {
+                "id": question.id,
+                "image_id": str(case.number),
+                "background": case.background,
+                "family": case.scene.family,
+                "topic": question.question.topic,
+                "about": question.question.about,
+                "question": question.question.question,
+                "answers": [question.question.answer],
+                "old_answer": question.old_answer,
+                "prediction": text,
+                **images.reuse,
+            }
+        )
+    return records
+
+
+# ---- report
+
+
+def _groups(record: dict) -> list[str]:
+    family = record["family"]
+    return [f"about {record['about']}", f"family {family}", f"topic {family} {record['topic']}"]
+
+
+def _figures(records: list[dict], baseline: list[dict] | None = None, answers: str = "answers") -> dict:
+    def counts(rows):
+        wanted = [r[answers] if answers == "answers" else [r[answers]] for r in records]
+        return EXACT.counts([row["prediction"] for row in rows], wanted)
+
+    found = figures(
+        EXACT,
+        counts(records),
+        [record["background"] for record in records],
+        [_groups(record) for record in records],
+        None if baseline is None else counts(baseline),
+    )
+    return {"overall": found.pop(""), "by_group": found}
+
+
+def form_report(form: Form, records: list[dict], others: dict[str, list[dict]]) -> dict:
+    """Accuracy, reuse, and the paired difference to each baseline; for `stale` how often the old answer was given."""
+    answered = [record for record in records if record["prediction"] is not None]
+    if not answered:
+        raise ValueError("No question of this form was answered: no frame matched. Ask about more scenes.")
+    report = {"accuracy": _figures(answered), "reuse": reuse(records), "differences": {}}
+    for name in form.baselines:
+        by_id = {record["id"]: record for record in others[name]}
+        report["differences"][name] = _figures(answered, [by_id[record["id"]] for record in answered])
+    if form.earlier == "reference":
+        contradicted = [r for r in answered if r["old_answer"] not in (None, r["answers"][0])]
+        report["contradicted"] = {
+            "right": _figures(contradicted)["overall"],
+            "old_answer_given": _figures(contradicted, answers="old_answer")["overall"],
+        }
+    return report
+
+
+def _percent(value: dict, signed: bool = False) -> str:
+    form = "{:+.1f}" if signed else "{:.1f}"
+    return f"{form.format(100 * value['value'])} [{form.format(100 * value['low'])}, {form.format(100 * value['high'])}]"
+
+
+def markdown(report: dict) -> str:
+    """Accuracy and paired differences of each form, then accuracy by topic."""
+    forms = report["forms"]
+    lines = [
+        "| form | questions | exact match, % | minus llava | minus its other baseline | vision tokens reused "
+        "| patches from another frame | images matched |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, figures_of in forms.items():
+        overall = figures_of["accuracy"]["overall"]
+        differences = figures_of["differences"]
+        plain = _percent(differences["llava"]["overall"]["accuracy"], True) if "llava" in differences else "-"
+        other = [
+            f"{_percent(value['overall']['accuracy'], True)} ({baseline})"
+            for baseline, value in differences.items()
+            if baseline != "llava"
+        ]
+        shares = figures_of["reuse"]
+        lines.append(
+            f"| {name} | {overall['questions']} | {_percent(overall['accuracy'])} | {plain} | {', '.join(other) or '-'} "
+            f"| {shares['vision_tokens_reused']:.1%} | {shares['patches_reused']:.1%} | {shares['images_matched']:.1%} |"
+        )
+    if "stale" in forms:
+        contradicted = forms["stale"]["contradicted"]
+        lines += [
+            "",
+            f"Where the stale background shows another answer ({contradicted['right']['questions']} questions): right "
+            f"{_percent(contradicted['right']['accuracy'])}, the old answer "
+            f"{_percent(contradicted['old_answer_given']['accuracy'])}.",
+        ]
+    names = list(forms)
+    lines += ["", "| exact match, % | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    groups = sorted({group for value in forms.values() for group in value["accuracy"]["by_group"]})
+    for group in groups:
+        rows = [forms[name]["accuracy"]["by_group"].get(group) for name in names]
+        cells = [f"{100 * row['accuracy']['value']:.1f} ({row['questions']})" if row else "-" for row in rows]
+        lines.append(f"| {group} | " + " | ".join(cells) + " |")
+    lines += ["", f"Brackets: {report['interval']}.", ""]
+    return "\n".join(lines)
+
+
+def run_scenes(
+    models: dict[str, tuple],
+    sources: dict[str, str],
+    *,
+    scenes: int,
+    questions: int,
+    work: Path,
+    seed: int = 0,
+    split: Split = "test",
+    batch_size: int = BATCH,
+    forms: tuple[str, ...] = tuple(FORMS),
+) -> dict:
+    """Answers of all forms, and the report.
+
+    Args:
+        models: "llava" and "model" -> (model, processor).
+        sources: the same -> folder or Hub id, for the fingerprint; a folder's last name is reported.
+        work: folder of the records, one file per form.
+        forms: which; each needs its baselines among them.
+    """
+    done: dict[str, list[dict]] = {}
+    for name in forms:
+        form = FORMS[name]
+        model, processor = models[form.model]
+        header = {"form": name, "split": split, "scenes": scenes, "questions": questions, "seed": seed}
+        header |= model_fingerprint(model, processor, sources[form.model])
+        predictions = Predictions(work / f"{name}.jsonl", header)
+        answerer = Answerer(model, processor, form.mode, form.tolerance, MAX_NEW_TOKENS)
+        cases = scene_questions(split, scenes, seed, questions, form.disturb, form.earlier == "reference")
+        print(f"{name}: {Path(sources[form.model]).name}", flush=True)
+        answer_form(answerer, form, cases, predictions, batch_size, scenes)
+        done[name] = predictions.records
+    return {
+        "models": {name: Path(source).name for name, source in sources.items()},
+        "scenes": scenes,
+        "questions_per_scene": questions,
+        "split": split,
+        "seed": seed,
+        "interval": "95%, bootstrap over backgrounds",
+        "forms": {name: form_report(FORMS[name], records, done) for name, records in done.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--llava", required=True, help="model that sees whole images: a folder or a Hub id")
+    parser.add_argument("--model", required=True, help="model that sees groups")
+    parser.add_argument("--scenes", type=int, default=4000)
+    parser.add_argument("--questions", type=int, default=3, help="questions per scene")
+    parser.add_argument("--split", choices=["validation", "test"], default="test")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=BATCH, help="questions answered together")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/scenes-accuracy"), help="folder of the records"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="JSON of the report; a .md lies beside it")
+    options = parser.parse_args()
+    sources = {"llava": options.llava, "model": options.model}
+    report = run_scenes(
+        {name: load(source) for name, source in sources.items()},
+        sources,
+        scenes=options.scenes,
+        questions=options.questions,
+        work=options.work,
+        seed=options.seed,
+        split=options.split,
+        batch_size=options.batch_size,
+    )
+    write_atomically(options.out, json.dumps(report, indent=2) + "\n")
+    write_atomically(options.out.with_suffix(".md"), markdown(report))
+    print(markdown(report))
+
+
+if __name__ == "__main__":
+    main()
