@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from packaging.requirements import Requirement
+from paths import EXAMPLE
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -457,9 +458,6 @@ def answers_here(model, processor, images) -> dict:
         report["batch"].append(tokens.tolist())
         report["pipeline"].append(processor.decode(tokens, skip_special_tokens=True))
     return report
-
-
-EXAMPLE = Path(__file__).parent.parent / "examples" / "scenes-model"
 
 
 def tiny_detector(folder: Path):
