@@ -34,13 +34,20 @@ def machine(device: str) -> dict:
 def versions() -> dict:
     """Of what was run; Backdrop's is git's description where it runs from a checkout."""
     folder = Path(__file__).resolve().parent.parent
-    backdrop = importlib.metadata.version("backdrop-vlm")
+    backdrop = _version("backdrop-vlm")
     if (folder / ".git").exists() and shutil.which("git"):
         command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
         described = subprocess.run(command, capture_output=True, text=True)
         backdrop = described.stdout.strip() or backdrop
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "ultralytics")}
+    packages = {name: _version(name) for name in ("torch", "transformers", "ultralytics")}
     return {**packages, "backdrop": backdrop, "python": platform.python_version()}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path, a machine without the detector
+        return "not installed"
 
 
 def write_atomically(path: Path, text: str) -> None:

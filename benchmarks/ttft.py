@@ -145,6 +145,19 @@ SHAPES = {
         },
         source=(640, 480),
     ),
+    # The layers of LLaVA-1.5-7B at a width that costs nothing: what is left is what surrounds them.
+    "host-7b": Shape(
+        vision={**_CLIP_L, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4},
+        text={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "vocab_size": 512,
+        },
+        source=(640, 480),
+    ),
     "llava-1.5-7b": Shape(
         vision=_CLIP_L,
         text={
@@ -546,11 +559,13 @@ class Bench:
         return time.perf_counter() - started
 
 
-def build_bench(shape_name: str, device: str, dtype: str) -> Bench:
-    """Models on one set of weights, and a processor for each mode."""
+def build_bench(
+    shape_name: str, device: str, dtype: str, detector: PlantedDetector | None = None
+) -> Bench:
+    """Models on one set of weights, and a processor for each mode; without a detector, `build_detector`'s."""
     shape = SHAPES[shape_name]
     llava = build_llava(shape, device, DTYPES[dtype])
-    detector = build_detector(device)
+    detector = detector or build_detector(device)
     contenders = {"llava": Contender("llava", llava, llava_processor(shape), None)}
     for mode in MODES[1:]:
         model, processor = sharing_backdrop(llava), backdrop_processor(shape, detector)
