@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo test test-fast test-real serve-setup serve-test lmcache-test check format test-oldest clean
+.PHONY: help setup demo test test-fast test-real serve-setup serve-test lmcache-test check format test-oldest dist clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -80,5 +80,9 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	@PIP_CONSTRAINT= $(OLDEST)/bin/python -m pip install --quiet --progress-bar on -c constraints-oldest.txt -e '.[dev]'
 	@touch $@
 
+dist: setup ## sdist and wheel into dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
 clean: ## remove all environments and what runs left
-	rm -rf $(VENV) $(OLDEST) $(SERVE) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(SERVE) runs dist .pytest_cache .ruff_cache
