@@ -6,6 +6,8 @@ Parts, each written to `DIR/gpu.json` as soon as it is there, so that a run that
   in float32 and bfloat16, with each attention that the machine has; two forms of `device_map`.
 - `ttft`: time to first token at the shape of LLaVA-1.5-7B in bfloat16, batch 1 and 16, 5 and 15% fresh patches.
 - `breakdown`: what surrounds the layers, on the shape `host-7b`, and where the time goes on `llava-1.5-7b`.
+- `graphs`: what the layers of a reused answer take when a captured CUDA graph launches them, against Python: how much of the
+  time is launching.
 - `memory`: the peak of a LoRA step and of a full step, measured by the allocator, beside the estimate of `train/memory`.
 - `compiled`: the same call with both models through `torch.compile`.
 
@@ -25,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import DynamicCache
 from transformers.utils import is_flash_attn_2_available
 
 from backdrop.modeling.configuration_backdrop import BackdropConfig
@@ -37,7 +40,7 @@ from .breakdown import breakdown
 from .breakdown import render as render_breakdown
 from .report import machine, versions, write_atomically, write_json_atomically
 
-PARTS = ("parity", "ttft", "breakdown", "memory", "compiled")
+PARTS = ("parity", "ttft", "breakdown", "graphs", "memory", "compiled")
 BATCHES, FRESH_SHARES = (1, 16), (0.05, 0.15)
 PARITY_FRAMES = 8
 NEW_TOKENS = 12
@@ -101,8 +104,9 @@ def run_gpu(
         "parity": parity,
         "ttft": time_to_first_token,
         "breakdown": host_breakdown,
-        "compiled": compiled,
+        "graphs": graphs,
         "memory": memory,
+        "compiled": compiled,
     }
     for part in parts:
         if run.seconds_left < 0:
@@ -409,6 +413,75 @@ def host_breakdown(run: GpuRun) -> None:
         _free()
 
 
+# ---- CUDA graphs
+
+
+@torch.no_grad()
+def graphs(run: GpuRun) -> None:
+    """The layers that a reused answer runs (15% fresh), launched by Python and replayed from a captured graph."""
+    result = run.results.setdefault("graphs", {})
+    if torch.device(run.device).type != "cuda":
+        result["left out"] = "CUDA graphs need a CUDA device"
+        return
+    shape = ttft.SHAPES[run.shape]
+    llava = ttft.build_llava(shape, run.device, ttft.DTYPES[run.dtype])
+    patches = shape.grid**2
+    fresh = round(0.15 * patches)
+    text = shape.text
+    head = text["hidden_size"] // text["num_attention_heads"]
+    prefix = 40 + patches  # system text, separators and a background that owns every patch
+    new = fresh + 30  # fresh tokens, separators and the question
+    tower = llava.model.vision_tower
+    vision = torch.randn(1, 1 + fresh, shape.vision["hidden_size"], device=run.device, dtype=llava.dtype)
+    words = torch.randn(1, new, text["hidden_size"], device=run.device, dtype=llava.dtype)
+    positions = torch.arange(prefix, prefix + new, device=run.device)[None]
+    kept = torch.randn(1, text["num_key_value_heads"], prefix, head, device=run.device, dtype=llava.dtype)
+
+    def language_model() -> torch.Tensor:
+        cache = DynamicCache(config=llava.config.text_config)
+        for i in range(text["num_hidden_layers"]):
+            cache.update(kept, kept, i)
+        outputs = llava.model.language_model(
+            inputs_embeds=words, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        return llava.lm_head(outputs.last_hidden_state[:, -1:])
+
+    def tower_layers() -> torch.Tensor:
+        hidden = vision
+        for layer in tower.encoder.layers[:-1]:
+            hidden = layer(hidden, None)
+        return hidden
+
+    for name, call in (("tower layers", tower_layers), ("language model", language_model)):
+        row: dict = {"launched, ms": _cuda_milliseconds(call)}
+        result[name] = row
+        try:
+            wanted = call()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                found = call()
+            row["replayed, ms"] = _cuda_milliseconds(graph.replay)
+            row["largest difference"] = _difference(found, wanted)
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}"[:300]
+            torch.cuda.synchronize()
+        run.write()
+
+
+def _cuda_milliseconds(call: Callable[[], object], repeats: int = 20) -> float:
+    """Median wall milliseconds of a call, until the GPU is done."""
+    for _ in range(3):
+        call()
+    took = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        took.append(1000 * (time.perf_counter() - started))
+    return float(np.median(took))
+
+
 # ---- compiled
 
 
@@ -504,15 +577,17 @@ def render_markdown(results: dict) -> str:
         "parity": _parity_lines,
         "ttft": _ttft_lines,
         "breakdown": _breakdown_lines,
-        "compiled": _compiled_lines,
+        "graphs": _graph_lines,
         "memory": _memory_lines,
+        "compiled": _compiled_lines,
     }
     titles = {
         "parity": "Parity",
         "ttft": "Time to first token",
         "breakdown": "Where the time goes",
-        "compiled": "Compiled layers",
+        "graphs": "Layers from a captured graph",
         "memory": "Memory of a training step",
+        "compiled": "Compiled",
     }
     for part, render in parts.items():
         found = results.get(part)
@@ -571,8 +646,17 @@ def _ttft_lines(found: dict) -> list[str]:
 def _breakdown_lines(found: dict) -> list[str]:
     lines: list[str] = []
     for title, rows in found.items():
-        if isinstance(rows, dict):
+        if isinstance(rows, dict) and rows:
             lines += [f"{title}:", "", render_breakdown(rows), ""]
+    return lines
+
+
+def _graph_lines(found: dict) -> list[str]:
+    lines = ["| batch 1, 15% fresh | launched, ms | replayed, ms |", "|---|---:|---:|"]
+    for name, row in found.items():
+        if isinstance(row, dict):
+            replayed = row.get("error") or f"{row['replayed, ms']:.1f}"
+            lines.append(f"| {name} | {row['launched, ms']:.1f} | {replayed} |")
     return lines
 
 

@@ -559,9 +559,7 @@ class Bench:
         return time.perf_counter() - started
 
 
-def build_bench(
-    shape_name: str, device: str, dtype: str, detector: PlantedDetector | None = None
-) -> Bench:
+def build_bench(shape_name: str, device: str, dtype: str, detector: PlantedDetector | None = None) -> Bench:
     """Models on one set of weights, and a processor for each mode; without a detector, `build_detector`'s."""
     shape = SHAPES[shape_name]
     llava = build_llava(shape, device, DTYPES[dtype])
