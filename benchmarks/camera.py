@@ -26,10 +26,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from backdrop.processing.background_matching_backdrop import MatchReport
 from backdrop.processing.detections_backdrop import Detections
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
-from backdrop.processing.patch_groups_backdrop import BACKGROUND, looks_like_group, patch_staleness
+from backdrop.processing.matches_backdrop import MatchReport
+from backdrop.processing.patch_groups_backdrop import BACKGROUND, looks_like_group
+from backdrop.processing.staleness_backdrop import patch_staleness
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 HIT, REFRESH, MISS = 0, 1, 2

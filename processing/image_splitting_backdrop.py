@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .background_matching_backdrop import BackgroundMatcher, Match
+from .background_matching_backdrop import BackgroundMatcher
+from .matches_backdrop import Match
 from .patch_groups_backdrop import (
     BACKGROUND,
     OBJECT,

@@ -13,8 +13,8 @@ from io import BytesIO
 
 import numpy as np
 
-from backdrop.processing.background_matching_backdrop import MatchReport
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
+from backdrop.processing.matches_backdrop import MatchReport
 from backdrop.processing.patch_groups_backdrop import (
     BACKGROUND,
     GROUP_KINDS,
