@@ -328,7 +328,7 @@ class BackgroundMatcher:
         # The reference of a refreshed match is a proposal already; the stored one is what it was made from.
         kept = self._store.read(old.reference_id)
         if not match.refreshed and not tracker.pays(kept.patch_mask):
-            return match  # what was encoded again and again were parked objects
+            return match  # the patches that were encoded freshly time after time were parked objects
         tracker.reset_waste()
         pixels, owned = tracker.proposal(kept.pixels, kept.patch_mask)
         same, staleness = reusable_patches(pixels, image, self.patch_size, self.tolerance)

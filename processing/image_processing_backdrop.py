@@ -101,7 +101,7 @@ class BackdropImageProcessor(PilBackend):
     @property
     def image_side(self) -> int:
         """`S`, the side in pixels of every image as the model sees it."""
-        return self._geometry(self._with_defaults({})).side
+        return ImageGeometry.from_options(self._with_defaults({})).side
 
     @property
     def num_patches(self) -> int:
@@ -110,7 +110,7 @@ class BackdropImageProcessor(PilBackend):
 
     def geometry(self, **options) -> str:
         """How an image of any size becomes S x S, in a word that travels with saved groups, such as "resize+crop"."""
-        return self._geometry(self._with_defaults(options)).name
+        return ImageGeometry.from_options(self._with_defaults(options)).name
 
     def model_images(self, images, **options) -> list[np.ndarray]:
         """Ordinary images as the model sees them, uint8 `[S, S, 3]`.
@@ -120,21 +120,21 @@ class BackdropImageProcessor(PilBackend):
             options: any of the processor's own, for this call.
         """
         options = self._with_defaults(options)
-        items = self._prepare_images_structure(images)
-        return [self._model_image(upright(item), options) for item in items]
-
-    @staticmethod
-    def _geometry(options: dict) -> ImageGeometry:
-        return ImageGeometry.from_options(options)
+        images = self._prepare_images_structure(images)
+        return [self._model_image(upright(image), options) for image in images]
 
     def _model_image(self, image, options: dict) -> np.ndarray:
         rgb = rgb_array(image, options.get("input_data_format"))
-        return self._geometry(options).apply(rgb, self)
+        return ImageGeometry.from_options(options).apply(rgb, self)
 
     # ---- preprocessing
 
     def fetch_images(self, image_url_or_urls):
-        """URLs, paths and base64 become PIL images *with* their alpha (transformers' own loader drops it)."""
+        """URLs, paths and base64 become PIL images with their alpha, which transformers' own loader drops.
+
+        Raises:
+            ValueError: a text is none of these, or its image cannot be fetched or read.
+        """
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(item) for item in image_url_or_urls]
         if isinstance(image_url_or_urls, str | os.PathLike):
@@ -147,14 +147,14 @@ class BackdropImageProcessor(PilBackend):
 
     def _preprocess_image_like_inputs(self, images, *args, return_tensors=None, **options) -> BatchFeature:
         self._check_options(**options)
-        items = self._prepare_images_structure(images)
-        groups_per_item = self.image_groups(items, **options)
-        groups = [group for item_groups in groups_per_item for group in item_groups]
+        images = self._prepare_images_structure(images)
+        groups_per_image = self.image_groups(images, **options)
+        groups = [group for image_groups in groups_per_image for group in image_groups]
         data = {
             "pixel_values": [self._normalized(group.pixels, options) for group in groups],
             "patch_mask": [group.patch_mask for group in groups],
             "group_kind": [group.kind for group in groups],
-            "groups_per_image": [len(item_groups) for item_groups in groups_per_item],
+            "groups_per_image": [len(image_groups) for image_groups in groups_per_image],
         }
         if return_tensors is not None:
             data = {name: np.stack(values) if groups else np.array(values) for name, values in data.items()}
@@ -181,7 +181,7 @@ class BackdropImageProcessor(PilBackend):
             ValueError: a patch group that does not fit this model, an image that is none, or no detector to split with.
         """
         options = self._with_defaults(options)
-        geometry, patch_size = self._geometry(options), options["patch_size"]
+        geometry, patch_size = ImageGeometry.from_options(options), options["patch_size"]
         side = geometry.side
         result: list[list[PatchGroup] | None] = [None] * len(images)
         ordinary: dict[int, np.ndarray] = {}
@@ -252,12 +252,17 @@ class BackdropImageProcessor(PilBackend):
         return self._live.matcher
 
     def enable_background_matching(self, tolerance: float = 0.0, **options) -> BackgroundMatcher:
-        """Recognises known backgrounds and substitutes their pixels; see `BackgroundMatcher` for the options."""
+        """From now on known backgrounds are recognised and a reference's pixels stand for them.
+
+        Args:
+            tolerance: largest staleness that is reused, grey levels 0-255; 0: pixels must be equal.
+            options: see `BackgroundMatcher`.
+        """
         self._live.matcher = BackgroundMatcher(self.patch_size, tolerance, **options)
         return self._live.matcher
 
     def disable_background_matching(self) -> None:
-        """Forgets the references; every image is split by the detector again."""
+        """Switches matching off and forgets the references; every ordinary image is split by the detector."""
         self._live.matcher = None
 
     def twin(self) -> "BackdropImageProcessor":
@@ -317,16 +322,29 @@ class BackdropImageProcessor(PilBackend):
         return self.detector is not None or detectors.folder is not None or detectors.loaded is not None
 
     def set_detector(self, detector: ObjectDetector) -> None:
-        """Uses this detector, and writes its weights when the processor is saved."""
+        """Splits with this detector, and writes its weights when the processor is saved.
+
+        Args:
+            detector: anything with `detect`, `names`, `source` and `save`.
+        """
         self.detector = None
         self._live.detectors.use(detector, self.detector_device)
 
     def find_detector(self, pretrained_model_name_or_path, **hub_kwargs) -> None:
-        """Looks for a detector saved beside the processor's configuration (in a folder, on the Hub or in its cache)."""
+        """Looks for a detector saved beside a processor's configuration.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a repository on the Hub or in its cache.
+            hub_kwargs: those of `from_pretrained`; what does not concern the Hub is ignored.
+        """
         self._live.detectors.find(pretrained_model_name_or_path, **hub_kwargs)
 
     def save_detector(self, folder) -> list[str]:
-        """Writes the detector's weights into a folder if they are at hand; the names of the files there."""
+        """Writes the detector's weights into a folder if they are at hand.
+
+        Returns:
+            The names of the files that hold them there, [] where they are not at hand.
+        """
         return self._live.detectors.save(self.detector, folder)
 
     # ---- saving and loading

@@ -1,4 +1,4 @@
-"""Images and text to the model's inputs: groups, expanded placeholders, separators."""
+"""The processor: images and text to the model's inputs, with each `<image>` expanded to its groups' placeholders."""
 
 import os
 import sys
@@ -17,15 +17,18 @@ SEPARATOR_TOKENS = ("[BG_START]", "[BG_END]", "[OBJ_START]", "[OBJ_END]")
 class BackdropProcessor(ProcessorMixin):
     """Image processor and tokenizer in one.
 
-    Each `<image>` of a prompt stands for one item: an ordinary image, or a patch group. It expands to
-    `[BG_START]<image>*n[BG_END][OBJ_START]<image>*m[OBJ_END]`, with exactly the groups that the item became.
+    Each `<image>` of a prompt stands for an ordinary image or for a patch group. It expands to
+    `[BG_START]<image>*n[BG_END][OBJ_START]<image>*m[OBJ_END]`, with exactly the groups that the image became.
 
     Args:
         image_processor: a `BackdropImageProcessor`.
         tokenizer: its vocabulary holds `<image>` and, with separators, their four tokens, as special tokens.
-        use_separators: False: groups follow each other bare.
+        use_separators: False expands groups without separators.
         extra_tokens_per_group: placeholders of a group beyond its patches (1 where the model keeps the CLS token).
         chat_template: Jinja.
+
+    Raises:
+        ValueError: the tokenizer lacks one of the tokens.
     """
 
     def __init__(
@@ -83,10 +86,10 @@ class BackdropProcessor(ProcessorMixin):
             return
         texts = [text] if isinstance(text, str) else list(text)
         placeholders = sum(sample.count(self.image_token) for sample in texts)
-        items = self.image_processor.num_images(images)
-        if placeholders != items:
+        num_images = self.image_processor.num_images(images)
+        if placeholders != num_images:
             raise ValueError(
-                f"The prompts have {placeholders} {self.image_token} placeholders for {items} images; wanted one each."
+                f"The prompts have {placeholders} {self.image_token} placeholders for {num_images} images; wanted one each."
             )
 
     def apply_chat_template(self, conversation, *args, return_assistant_tokens_mask: bool = False, **kwargs):

@@ -1,11 +1,14 @@
 """Which references are worth comparing with an image, found without touching their pixels.
 
 A reference's descriptor is the mean colours of a coarse grid of regions. The distance of two descriptors bounds from
-below how many patches a full comparison can find changed, so most references are ruled out by it. (The bound is the
-triangle inequality, |mean(a) - mean(b)| <= mean(|a - b|); searching by a bound that never overestimates loses nothing,
-the lower-bounding lemma of Faloutsos, Ranganathan and Manolopoulos, "Fast subsequence matching in time-series
-databases", 1994.) Beyond `EXHAUSTIVE_LIMIT` references only the nearest descriptors are looked at. They are found by one
-matrix-vector product, exact and some milliseconds for 100,000, or, beyond `INDEX_FROM`, by an index (usearch, optional).
+below how many patches a full comparison can find changed, so most references are ruled out without one. The bound is
+the triangle inequality, |mean(a) - mean(b)| <= mean(|a - b|). Ruling out by a bound that never overestimates loses no
+match: the lower-bounding lemma (Faloutsos, Ranganathan and Manolopoulos, "Fast subsequence matching in time-series
+databases", 1994).
+
+Beyond `EXHAUSTIVE_LIMIT` references only the nearest descriptors are looked at. They are found by one matrix-vector
+product, which is exact and takes some milliseconds for 100,000 references, or, beyond `INDEX_FROM`, by an index
+(usearch, optional).
 """
 
 from typing import NamedTuple
@@ -132,8 +135,8 @@ class DescriptorTable:
         numbers = self._nearest(query)
         distance = np.abs(self._means[numbers] - query).sum(axis=1)  # [n, regions]
         distance /= 3
-        # No patch changes by more than 255 levels, so a mean that is off by so much tells how many did, at least. The
-        # 0.01 is for rounding.
+        # A region's mean is off by the mean of what its patches changed. None changes by more than 255 levels, so what
+        # exceeds the tolerance tells how many changed at least. The 0.01 allows for rounding.
         excess = np.maximum(distance - (tolerance + 1e-2), 0) * self._owned[numbers]
         changed = np.ceil(excess * (self._patches_in_region / max(255 - tolerance, 1)))
         bounds = self._unowned_patches[numbers] + changed.sum(axis=1).astype(np.int32)

@@ -1,6 +1,6 @@
 """Where the pixels of references lie: fixed-size slots in memory-mapped temporary files that are already unlinked.
 
-Nothing is left to clean up when the process ends, and the operating system decides what stays in memory.
+Nothing is left to clean up when the process ends, and the operating system decides which of them it keeps in memory.
 """
 
 import os

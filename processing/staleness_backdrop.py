@@ -75,11 +75,11 @@ def _block_staleness(difference: np.ndarray, patch_size: int) -> np.ndarray:
     flat = np.abs(difference).reshape(height, -1)
     # Lines are summed first, along contiguous memory. `reduceat` takes any patch size, and is ten times slower.
     if 2 * half == patch_size and half <= 128:  # 128 * 255 fits int16
-        rows = flat.reshape(len(tops), half, -1).sum(axis=1, dtype=np.int16)
-        sums = rows.reshape(len(tops), len(lefts), half * 3).sum(axis=-1, dtype=np.int32)
+        strips = flat.reshape(len(tops), half, -1).sum(axis=1, dtype=np.int16)
+        sums = strips.reshape(len(tops), len(lefts), half * 3).sum(axis=-1, dtype=np.int32)
     else:
-        rows = np.add.reduceat(flat, tops, axis=0, dtype=np.int32)
-        sums = np.add.reduceat(rows, lefts * 3, axis=1)
+        strips = np.add.reduceat(flat, tops, axis=0, dtype=np.int32)
+        sums = np.add.reduceat(strips, lefts * 3, axis=1)
     sizes = np.diff([*corners, patch_size])
     parts = len(corners)
     blocks = sums.reshape(len(tops) // parts, parts, len(lefts) // parts, parts)
@@ -93,10 +93,10 @@ def _binomial_filter(difference: np.ndarray, patch_size: int) -> np.ndarray:
     The sums fit int16: 16 * 255 < 2^15.
     """
     n, _, channels = difference.shape
-    rows = difference.reshape(n // patch_size, patch_size, -1)
-    vertical = rows * np.int16(2)
-    vertical[:, 1:] += rows[:, :-1]
-    vertical[:, :-1] += rows[:, 1:]
+    strips = difference.reshape(n // patch_size, patch_size, -1)
+    vertical = strips * np.int16(2)
+    vertical[:, 1:] += strips[:, :-1]
+    vertical[:, :-1] += strips[:, 1:]
     cells = vertical.reshape(n, n // patch_size, patch_size * channels)
     smooth = cells * np.int16(2)
     smooth[..., channels:] += cells[..., :-channels]
@@ -108,7 +108,7 @@ def _patch_peaks(values: np.ndarray, patch_size: int) -> np.ndarray:
     """Largest absolute value in each patch: int16 `[n, n, C]` -> int16 `[P]`."""
     n, _, channels = values.shape
     grid = n // patch_size
-    rows = values.reshape(grid, patch_size, n * channels)  # reduced along contiguous memory first
-    high, low = rows.max(axis=1), rows.min(axis=1)
+    strips = values.reshape(grid, patch_size, n * channels)  # reduced along contiguous memory first
+    high, low = strips.max(axis=1), strips.min(axis=1)
     peaks = np.maximum(high, -low).reshape(grid * grid, patch_size * channels)
     return peaks.max(axis=1)

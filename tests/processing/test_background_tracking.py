@@ -8,12 +8,12 @@ from backdrop.processing.background_matching_backdrop import BackgroundMatcher
 from backdrop.processing.patch_groups_backdrop import patch_blocks
 
 
-def test_a_reference_grows_where_an_object_stood_and_takes_no_resting_object(image_processor, detector):
+def test_a_reference_grows_where_an_object_stood_and_takes_no_parked_object(image_processor, detector):
     matcher = image_processor.enable_background_matching(tolerance=0)
     image_processor.image_groups([scene(0, 0)])
     for _ in range(60):
         last = image_processor.image_groups([scene(28, 28)])[0]
-    # What the object hid at first is known now. The object that rests elsewhere is still an object.
+    # What the object hid at first is part of the reference now. The object parked elsewhere is still an object.
     assert matcher.stats()["refreshes"] == 1 and matcher.stats()["references"] == 1
     assert last[0].patch_mask.all() and np.flatnonzero(last[1].patch_mask).tolist() == [10]
     assert not (patch_blocks(last[0].pixels, 14)[10] == (250, 0, 0)).all()
@@ -23,7 +23,7 @@ def test_a_reference_grows_where_an_object_stood_and_takes_no_resting_object(ima
     assert np.flatnonzero(moved[1].patch_mask).tolist() == [3]
 
 
-def test_objects_that_rest_in_front_of_an_unseen_background_never_become_it(image_processor, detector):
+def test_objects_parked_in_front_of_an_unseen_background_never_become_part_of_it(image_processor, detector):
     matcher = image_processor.enable_background_matching(tolerance=0)
     for _ in range(80):
         groups = image_processor.image_groups([scene(14, 14)])[0]

@@ -94,6 +94,37 @@ def test_an_image_and_its_groups_give_identical_inputs(x, y, width):
         assert torch.equal(ordinary[name], ready[name])
 
 
+# ---- what others ask of it
+
+
+def test_side_and_number_of_patches():
+    processor = BackdropImageProcessor(**SIZES, patch_size=13)
+    assert (processor.image_side, processor.num_patches) == (56, 16)
+    with pytest.raises(ValueError, match="wanted one fixed square"):
+        _ = BackdropImageProcessor(do_center_crop=False).image_side
+
+
+def test_the_detector_is_loaded_once_and_a_missing_one_is_known_before(image_processor, detector):
+    assert image_processor.has_detector and image_processor.loaded_detector is detector
+    assert image_processor.load_detector() is detector
+    bare = BackdropImageProcessor(**SIZES)
+    assert not bare.has_detector and bare.loaded_detector is None
+    assert BackdropImageProcessor(**SIZES, detector="yolov8n.pt").has_detector
+    with pytest.raises(ValueError, match="the processor has no detector"):
+        bare.load_detector()
+
+
+def test_a_twin_shares_the_detector_and_not_the_references(image_processor, detector):
+    matcher = image_processor.enable_background_matching()
+    twin = image_processor.twin()
+    assert twin.loaded_detector is detector and twin.background_matching is None
+    twin.enable_background_matching()
+    twin.image_groups([scene()])
+    assert image_processor.background_matching is matcher and matcher.stats()["references"] == 0
+    twin.set_detector(RedDetector())
+    assert image_processor.loaded_detector is detector
+
+
 # ---- copies
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from textures import flat, texture
 
 from backdrop.processing.background_matching_backdrop import BackgroundMatcher
+from backdrop.processing.reference_slots_backdrop import SlotFile
 from backdrop.processing.reference_store_backdrop import ReferenceStore
 from backdrop.processing.staleness_backdrop import reusable_patches
 
@@ -99,3 +100,19 @@ def test_a_full_disk_costs_references_and_no_answer(monkeypatch):
     fresh_start = BackgroundMatcher(14, 0)
     fresh_start.add(texture(56, 0), WHOLE)
     assert fresh_start.match(texture(56, 0)) is None
+
+
+def test_slots_are_acquired_once_and_keep_their_content_as_the_file_grows():
+    file, mask = SlotFile(8, 4, None), np.array([True, False, True, True])
+    assert file.acquire() is None
+    file.grow(2)
+    slots = [file.acquire(), file.acquire()]
+    for value, slot in enumerate(slots):
+        file.write(slot, flat(8, value), mask)
+    file.grow(3)
+    assert len({*slots, *(file.acquire() for _ in range(3))}) == 5 and not file.has_free_slot
+    for value, slot in enumerate(slots):
+        pixels, kept = file.read(slot)
+        assert (pixels == value).all() and np.array_equal(kept, mask)
+    file.release(slots[0])
+    assert file.acquire() == slots[0] and file.num_bytes == 5 * (8 * 8 * 3 + 4)
