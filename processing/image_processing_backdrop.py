@@ -9,7 +9,6 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
-from transformers.processing_utils import ImagesKwargs
 
 from .background_matching_backdrop import BackgroundMatcher
 from .detections_backdrop import Detections
@@ -17,38 +16,9 @@ from .detector_backdrop import ObjectDetector
 from .detector_source_backdrop import DetectorSource
 from .image_geometry_backdrop import ImageGeometry
 from .image_loading_backdrop import load_image, rgb_array, rgba_array, upright
+from .image_options_backdrop import BackdropImagesKwargs, check_options
 from .image_splitting_backdrop import ImageSplitter, whole_image_group
 from .patch_groups_backdrop import METADATA_KEY, PatchGroup, looks_like_group, read_group
-
-
-class BackdropImagesKwargs(ImagesKwargs, total=False):
-    """Options beyond transformers' own.
-
-    patch_size: patch side, pixels.
-    split: False gives every ordinary image as one background group of all patches (plain LLaVA).
-    detector: name or path of an ultralytics model; None: the detector saved in the model's own folder.
-    detector_device: where the detector runs.
-    confidence: smallest confidence of a detection, 0-1.
-    classes: class names or ids that count as objects; None: all.
-    objects: "all", or "most_confident" for the most confident detection of each image alone.
-    margin: patches by which the object region grows.
-    overlap: the background keeps the grown ring too.
-    min_coverage: share of a patch that objects must cover for it to be an object patch, 0-1 (0: any part).
-    background_first: False gives the object group of an image before its background. The language model can then
-        reuse nothing of the background, which follows what changes.
-    """
-
-    patch_size: int
-    split: bool
-    detector: str | None
-    detector_device: str
-    confidence: float
-    classes: list[str | int] | None
-    objects: str
-    margin: int
-    overlap: bool
-    min_coverage: float
-    background_first: bool
 
 
 class BackdropImageProcessor(PilBackend):
@@ -88,7 +58,7 @@ class BackdropImageProcessor(PilBackend):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self._live = _LiveState()
-        self._check_options(
+        check_options(
             confidence=self.confidence,
             objects=self.objects,
             margin=self.margin,
@@ -146,7 +116,7 @@ class BackdropImageProcessor(PilBackend):
         return 0 if images is None else len(self._prepare_images_structure(images))
 
     def _preprocess_image_like_inputs(self, images, *args, return_tensors=None, **options) -> BatchFeature:
-        self._check_options(**options)
+        check_options(**options)
         images = self._prepare_images_structure(images)
         groups_per_image = self.image_groups(images, **options)
         groups = [group for image_groups in groups_per_image for group in image_groups]
@@ -280,19 +250,6 @@ class BackdropImageProcessor(PilBackend):
             {name: value for name, value in options.items() if value is not None or name == "classes"}
         )
         return self._standardize_kwargs(**complete)
-
-    @staticmethod
-    def _check_options(confidence, objects, margin, min_coverage, patch_size, **_) -> None:
-        if not 0 <= confidence <= 1:
-            raise ValueError(f"confidence is {confidence}; wanted 0 to 1.")
-        if objects not in ("all", "most_confident"):
-            raise ValueError(f"objects is {objects!r}; wanted 'all' or 'most_confident'.")
-        if margin < 0:
-            raise ValueError(f"margin is {margin}; wanted 0 or more patches.")
-        if not 0 <= min_coverage <= 1:
-            raise ValueError(f"min_coverage is {min_coverage}; wanted 0 to 1.")
-        if patch_size < 1:
-            raise ValueError(f"patch_size is {patch_size}; wanted 1 or more pixels.")
 
     # ---- detector
 
