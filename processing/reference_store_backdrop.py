@@ -22,7 +22,7 @@ FIRST_SLOTS = 16  # slots of a file's first chunk; every further chunk doubles w
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """A background seen before. Its arrays cannot be written.
+    """A background seen before. The store gives it with read-only arrays.
 
     Attributes:
         pixels: uint8 `[S, S, 3]`, 0 outside the owned patches.
