@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from backdrop.processing.detector_backdrop import Detections
+from backdrop.processing.detections_backdrop import Detections
 
 COLUMNS = ("Original image", "Detector", "What the model sees", "Object pixels", "Patch groups")
 

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from backdrop.processing.background_matching_backdrop import MatchReport
+from backdrop.processing.matches_backdrop import MatchReport
 
 REUSED, OBJECT, CHANGED, ENCODED = (46, 111, 190), (240, 132, 30), (205, 40, 150), (150, 156, 164)
 LEGEND = (

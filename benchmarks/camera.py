@@ -26,10 +26,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from backdrop.processing.background_matching_backdrop import MatchReport
-from backdrop.processing.detector_backdrop import Detections
+from backdrop.processing.detections_backdrop import Detections
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
-from backdrop.processing.patch_groups_backdrop import BACKGROUND, looks_like_group, patch_staleness
+from backdrop.processing.matches_backdrop import MatchReport
+from backdrop.processing.patch_groups_backdrop import BACKGROUND, looks_like_group
+from backdrop.processing.staleness_backdrop import patch_staleness
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 HIT, REFRESH, MISS = 0, 1, 2
@@ -220,7 +221,7 @@ def run_camera(
     _check_targets(json_path, maps_path, plot_path)
     recording = open_recording(source)
     processor = processor or default_processor()
-    if not _has_detector(processor):
+    if not processor.has_detector:
         processor.set_detector(NoDetector())
     run = _Run(recording, processor, tolerance, min_reuse)
     try:
@@ -259,11 +260,6 @@ def _check_targets(json_path: Path | None, maps_path: Path | None, plot_path: Pa
             raise ValueError(f"The {name} file {path} is a folder; wanted a file.")
     if plot_path is not None:
         _pyplot()
-
-
-def _has_detector(processor: BackdropImageProcessor) -> bool:
-    live = processor._live
-    return processor.detector is not None or live.folder is not None or live.detector is not None
 
 
 class _Run:

@@ -59,7 +59,8 @@ from transformers import (
 from backdrop.hub_export.convert import VICUNA_SYSTEM_PROMPT
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
-from backdrop.processing.detector_backdrop import Detections, ObjectDetector
+from backdrop.processing.detections_backdrop import Detections
+from backdrop.processing.detector_backdrop import ObjectDetector
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.patch_groups_backdrop import OBJECT
 from backdrop.processing.processing_backdrop import IMAGE_TOKEN, SEPARATOR_TOKENS, BackdropProcessor

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from backdrop.modeling.background_cache_backdrop import weights_digest
-from backdrop.processing.image_processing_backdrop import DETECTOR_FILES
+from backdrop.processing.detector_files_backdrop import DETECTOR_FILES
 
 
 class Predictions:

@@ -276,7 +276,7 @@ def _image_processor(source, config: BackdropConfig, hub_kwargs) -> BackdropImag
     for name in ("do_resize", "do_center_crop", "do_pad", "do_rescale", "do_normalize"):
         options[name] = bool(options.get(name))
     processor = BackdropImageProcessor(patch_size=config.vision_config.patch_size, **options)
-    side = processor._side(processor._with_defaults({}))
+    side = processor.image_side
     if side != config.vision_config.image_size:
         raise ValueError(
             f"The image processor of {str(source)!r} gives {side} x {side} images, but its tower takes "

@@ -20,8 +20,8 @@ import backdrop.modeling
 import backdrop.processing
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration, BackdropModel
-from backdrop.processing.detector_backdrop import DESCRIPTION_NAME
-from backdrop.processing.image_processing_backdrop import DETECTOR_FILES, BackdropImageProcessor
+from backdrop.processing.detector_files_backdrop import DESCRIPTION_NAME, DETECTOR_FILES
+from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
 from .convert import extend_model, fold_prefusion

@@ -29,7 +29,7 @@ from io import BytesIO
 import openai
 from PIL import Image, ImageOps
 
-from backdrop.processing.image_processing_backdrop import _array_to_image, _load_image, _rgb_array
+from backdrop.processing.image_loading_backdrop import array_to_image, load_image, rgb_array
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
 from .frames import FrameSplitter, SplitFrame
@@ -144,10 +144,10 @@ def _whole_frame(frame) -> dict:
     if isinstance(frame, str) and frame.startswith(("http://", "https://", "data:")):
         return {"type": "image_url", "image_url": {"url": frame}}
     if isinstance(frame, str) or hasattr(frame, "__fspath__"):
-        frame = _load_image(os.fspath(frame))
-    image = ImageOps.exif_transpose(frame) if isinstance(frame, Image.Image) else _array_to_image(frame)
+        frame = load_image(os.fspath(frame))
+    image = ImageOps.exif_transpose(frame) if isinstance(frame, Image.Image) else array_to_image(frame)
     if image.mode not in ("RGB", "RGBA"):  # CMYK, float: PNG has no such thing
-        image = Image.fromarray(_rgb_array(image))
+        image = Image.fromarray(rgb_array(image))
     buffer = BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
     return {

@@ -5,7 +5,6 @@ uuid, knows it again. The engine never compares a uuid with pixels: it must be a
 """
 
 import base64
-import copy
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ from io import BytesIO
 
 import numpy as np
 
-from backdrop.processing.background_matching_backdrop import MatchReport
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
+from backdrop.processing.matches_backdrop import MatchReport
 from backdrop.processing.patch_groups_backdrop import (
     BACKGROUND,
     GROUP_KINDS,
@@ -93,10 +92,7 @@ class FrameSplitter:
                 "(BackdropProcessor.from_pretrained)."
             )
         # A processor has one matcher: two splitters of the same processor would take each other's away.
-        self.processor = copy.copy(images)
-        self.processor._live = copy.copy(images._live)
-        self.processor._live.detector = images._live.detector
-        self.processor._live.detector_key = images._live.detector_key
+        self.processor = images.twin()
         matching = {"max_overridden": MAX_OVERRIDDEN, **matching}
         self.matcher = self.processor.enable_background_matching(tolerance, **matching)
         self._encoded: OrderedDict[str, bytes] = OrderedDict()

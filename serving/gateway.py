@@ -150,8 +150,7 @@ class Gateway:
             self.splitter = FrameSplitter(self.processor, **self.settings.matching.model_dump())
             if self.settings.split:
                 # The detector is loaded now, not by the first request.
-                images = self.splitter.processor
-                await self._in_thread(images._detector, images._with_defaults({}))
+                await self._in_thread(self.splitter.processor.load_detector)
             await self.replicas.start()
             yield
         finally:

@@ -62,8 +62,8 @@ def engine_probe(
     The check takes the usage's prompt_tokens and raises `EngineMismatchError`.
     """
     images = splitter.processor
-    side = images._side(images._with_defaults({}))
-    owned = np.zeros((side // images.patch_size) ** 2, dtype=bool)
+    side = images.image_side
+    owned = np.zeros(images.num_patches, dtype=bool)
     owned[0] = True
     pixels = np.zeros((side, side, 3), dtype=np.uint8)
     item = splitter.item(make_group(pixels, owned, BACKGROUND, images.patch_size))

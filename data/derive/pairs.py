@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from datasets import Dataset
 
-from backdrop.processing.background_matching_backdrop import MatchReport
+from backdrop.processing.matches_backdrop import MatchReport
 from backdrop.processing.patch_groups_backdrop import PatchGroup
 
 from .groups import (

@@ -9,7 +9,7 @@ import torch
 from paths import ROOT
 
 from backdrop.benchmarks import ttft
-from backdrop.processing.patch_groups_backdrop import patch_staleness
+from backdrop.processing.staleness_backdrop import patch_staleness
 
 KEYS = {
     "shape",

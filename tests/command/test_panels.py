@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from backdrop.panels import COLUMNS, PanelRow, split_panels
-from backdrop.processing.detector_backdrop import Detections
+from backdrop.processing.detections_backdrop import Detections
 
 
 def row(size: int = 168, patch_size: int = 14, found: int = 2, **changes) -> PanelRow:

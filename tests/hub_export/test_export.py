@@ -499,7 +499,7 @@ def test_a_detector_that_takes_anothers_place_is_the_one_that_is_saved(tmp_path,
         processor.image_processor.set_detector(own)
         processor.save_pretrained(tmp_path / "out")
     again = BackdropProcessor.from_pretrained(tmp_path / "out").image_processor
-    found = again._detector(again._with_defaults({}))
+    found = again.load_detector()
     assert len(found.names) == 2
     assert json.loads((tmp_path / "out" / "detector.json").read_text())["architecture"]["nc"] == 2
 

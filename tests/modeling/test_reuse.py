@@ -14,7 +14,8 @@ from test_model import batch
 
 from backdrop.modeling.background_cache_backdrop import BackgroundCache, weights_fingerprint
 from backdrop.processing.background_matching_backdrop import BackgroundMatcher
-from backdrop.processing.patch_groups_backdrop import BACKGROUND, OBJECT, patch_staleness, pixel_mask
+from backdrop.processing.patch_groups_backdrop import BACKGROUND, OBJECT, pixel_mask
+from backdrop.processing.staleness_backdrop import patch_staleness
 
 # ---- matching
 

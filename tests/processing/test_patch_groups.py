@@ -15,7 +15,6 @@ from backdrop.processing.patch_groups_backdrop import (
     grow_patches,
     looks_like_group,
     make_group,
-    patch_staleness,
     pixel_mask,
     read_group,
     save_group,
@@ -66,36 +65,6 @@ def test_coverage_is_a_share_of_the_patch(share, expected):
     mask[:7, :7] = True
     assert covered_patches(mask, 14, share)[0] == expected
     assert not covered_patches(np.zeros((56, 56), dtype=bool), 14, 0.0).any()
-
-
-@given(st.integers(0, 2**32 - 1), st.sampled_from([(56, 14), (45, 15), (59, 7), (4, 1)]))
-@settings(deadline=None, max_examples=30)
-def test_staleness_equals_the_definition(seed, geometry):
-    side, patch = geometry
-    rng = np.random.default_rng(seed)
-    first, second = (rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(2))
-    grid, half = side // patch, patch // 2
-    expected = []
-    for y in range(grid):
-        for x in range(grid):
-            cell = np.s_[y * patch : (y + 1) * patch, x * patch : (x + 1) * patch]
-            difference = np.abs(first[cell].astype(float) - second[cell].astype(float))
-            quarters = [
-                difference[a][:, b]
-                for a in (np.s_[:half], np.s_[half:])
-                for b in (np.s_[:half], np.s_[half:])
-            ]
-            expected.append(max(quarter.mean() for quarter in quarters if quarter.size))
-    np.testing.assert_allclose(patch_staleness(first, second, patch), expected, rtol=1e-5)
-
-
-def test_a_changed_character_is_stale_where_a_mean_over_the_patch_would_hide_it():
-    reference = np.full((56, 56, 3), 120, dtype=np.uint8)
-    image = reference.copy()
-    image[2:6, 2:4] = 255  # 8 pixels
-    assert (
-        patch_staleness(reference, image, 14)[0] > 10 > np.abs(image.astype(int) - reference).mean() * 16 / 4
-    )
 
 
 @pytest.mark.parametrize(

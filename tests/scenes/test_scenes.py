@@ -195,7 +195,7 @@ def test_half_of_the_backgrounds_have_words_nobody_can_know_by_heart():
 
 
 def test_disturbed_frames_stay_within_the_cameras_tolerance():
-    from backdrop.processing.patch_groups_backdrop import patch_staleness
+    from backdrop.processing.staleness_backdrop import patch_staleness
     from backdrop.scenes.rows import CAMERA_TOLERANCE
     from backdrop.scenes.world import disturbed
 

@@ -1399,7 +1399,7 @@ def test_the_processor_comes_from_where_the_engine_says(engines, processor):
             async with gateway._lifespan(None):
                 return gateway.processor.image_processor.crop_size[
                     "height"
-                ], gateway.splitter.processor._live.detector
+                ], gateway.splitter.processor.loaded_detector
 
         side, detector = asyncio.run(main())
         assert side == 168 and detector is not None

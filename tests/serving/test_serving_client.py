@@ -307,7 +307,7 @@ def test_clients_of_one_processor_share_nothing(engine, shared_processor):
         assert shade == 90 + clients.index(client)
     assert answer.patches_reused == 15  # reported to the client whose frame it was
     assert shared_processor.background_matching is None
-    assert shared_processor.image_processor._live.detector is not None
+    assert shared_processor.image_processor.loaded_detector is not None
 
 
 # ---- is it read as it is written?

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from backdrop.processing.detector_backdrop import Detections
+from backdrop.processing.detections_backdrop import Detections
 
 
 class RedDetector:

@@ -1,0 +1,192 @@
+"""Matching: its bound, which reference is found, the observer, and namespaces."""
+
+import threading
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from naive_staleness import naive_staleness
+from red_detector import RedDetector
+from red_square import scene
+from textures import flat, texture
+
+from backdrop.processing import reference_descriptors_backdrop
+from backdrop.processing.background_matching_backdrop import BackgroundMatcher
+from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
+from backdrop.processing.patch_groups_backdrop import BACKGROUND, patch_blocks
+from backdrop.scenes.world import render_scene
+
+WHOLE = np.ones(16, dtype=bool)
+
+
+@pytest.fixture(scope="module")
+def image_processor_factory():
+    def make():
+        side = {"height": tiny.SIDE, "width": tiny.SIDE}
+        processor = BackdropImageProcessor(
+            size={"shortest_edge": tiny.SIDE}, crop_size=side, patch_size=tiny.PATCH, margin=0
+        )
+        processor.set_detector(RedDetector())
+        return processor
+
+    return make
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.0, 2.0, 10.0, 255.0]),
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 6), st.booleans()), min_size=2, max_size=24),
+    st.booleans(),
+)
+def test_every_patch_of_every_frame_is_fresh_or_within_the_bound(
+    image_processor_factory, seed, tolerance, history, batched
+):
+    """Contract 4's first line, on the groups that leave the processor, with references that grow and are replaced."""
+    rng = np.random.default_rng(seed)
+    processor = image_processor_factory()
+    matcher = processor.enable_background_matching(
+        tolerance=tolerance, min_reuse=0.2, max_overridden=0.8, max_references=2
+    )
+    bases = [rng.integers(0, 256, (56, 56, 3), dtype=np.uint8) for _ in range(3)]
+    frames = []
+    for base, noise, moving in history:
+        frame = np.clip(bases[base] + rng.normal(0, noise, (56, 56, 3)), 0, 255).astype(np.uint8)
+        if moving:
+            row, column = rng.integers(0, 43, 2)
+            frame[row : row + 14, column : column + 14] = (250, 0, 0)
+        frames.append(frame)
+    results = processor.image_groups(frames) if batched else [processor.image_groups([f])[0] for f in frames]
+    for frame, groups in zip(frames, results, strict=True):
+        encoded = np.zeros(16, dtype=bool)
+        for group in groups:
+            same = (patch_blocks(group.pixels, 14) == patch_blocks(frame, 14)).all(axis=(1, 2, 3))
+            if group.kind == BACKGROUND:
+                staleness = naive_staleness(group.pixels, frame, 14)
+                encoded |= group.patch_mask & (staleness <= tolerance + 1e-4)
+                if tolerance == 0:
+                    assert (same | ~encoded).all()
+            else:
+                assert same[group.patch_mask].all()
+                encoded |= group.patch_mask
+        assert encoded.all()
+    stats = matcher.stats()
+    assert stats["matches"] + stats["misses"] == len(frames) and stats["references"] <= 2
+    assert stats["patches_reused"] + stats["patches_fresh"] == 16 * len(frames)
+
+
+def test_the_observer_hears_of_every_image(image_processor):
+    reports = []
+    matcher = image_processor.enable_background_matching(tolerance=0, detect="always")
+    matcher.observer = reports.append
+    image_processor.image_groups([scene(0, 0), scene(28, 28)])
+    miss, match = reports
+    assert miss.reference is None and miss.fresh.all() and np.flatnonzero(miss.objects).tolist() == [0]
+    assert np.flatnonzero(match.unseen).tolist() == [0] and np.flatnonzero(match.stale).tolist() == [10]
+    assert np.flatnonzero(match.objects).tolist() == [10] and match.fresh.sum() == 2
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 10.0])
+def test_others_of_the_same_kind_with_larger_masks_do_not_hide_the_right_one(tolerance):
+    """A phone among a hundred phones: the bound alone put those first that own more patches."""
+    rng = np.random.default_rng(0)
+    images = phone_screens(100)
+    matcher = BackgroundMatcher(14, tolerance, max_references=200)
+    masks = [np.ones((12, 12), dtype=bool) for _ in images]
+    for mask in masks:  # objects in front, some large
+        (height, width), (top, left) = rng.integers(2, 9, 2), rng.integers(0, 4, 2)
+        mask[top : top + height, left : left + width] = False
+    masks = [mask.reshape(-1) for mask in masks]
+    for image, mask in zip(images, masks, strict=True):
+        matcher.add(image, mask)
+    for number in np.argsort([mask.sum() for mask in masks])[:20]:  # those that own the fewest
+        match = matcher.find(images[number])
+        # Another one may do even better: phones have much in common.
+        assert match is not None and match.fresh.sum() <= (~masks[number]).sum()
+
+
+def phone_screens(count: int) -> list[np.ndarray]:
+    """Phones' screens, one per background."""
+    return [np.asarray(render_scene("phone", 120_000 + seed, 0).image) for seed in range(count)]
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_many_references_are_found_with_and_without_an_index(monkeypatch, with_index):
+    monkeypatch.setattr(reference_descriptors_backdrop, "EXHAUSTIVE_LIMIT", 50)
+    monkeypatch.setattr(reference_descriptors_backdrop, "INDEX_FROM", 80)
+    monkeypatch.setattr(reference_descriptors_backdrop, "NEAREST", 16)
+    index_class, indices = reference_descriptors_backdrop.Index, []
+    if with_index and index_class is None:
+        pytest.skip("usearch is not installed")
+
+    def make_index(**options):
+        indices.append(index_class(**options))
+        return indices[-1]
+
+    monkeypatch.setattr(reference_descriptors_backdrop, "Index", make_index if with_index else None)
+    rng = np.random.default_rng(0)
+    matcher = BackgroundMatcher(14, 0, max_references=200)
+    images = [texture(56, seed) for seed in range(260)]
+    for image in images:
+        matcher.add(image, WHOLE)
+    assert [len(index) for index in indices] == ([200] if with_index else [])
+    for seed in rng.integers(60, 260, 40):  # the first 60 were evicted
+        image = images[seed].copy()
+        image[:14, :28] = 0
+        match = matcher.match(image)
+        assert np.flatnonzero(match.fresh).tolist() == [0, 1]
+        assert np.array_equal(match.reference.pixels, images[seed])
+    assert all(matcher.match(images[seed]) is None for seed in range(60))
+
+
+def test_bytes_are_bounded_whatever_comes():
+    matcher = BackgroundMatcher(14, 10, max_references=20)
+    sizes = set()
+    for seed in range(120):
+        image = texture(56, seed)
+        matcher.add(image, WHOLE)
+        matcher.match(image)
+        sizes.add(matcher.stats()["bytes"])
+    tracker = 56 * 56 * 3 * 5 + 16 * 8
+    assert max(sizes) <= 32 * (56 * 56 * 3 + 16) + 32 * 1024 + 16 * tracker
+
+
+def test_sixteen_threads_of_sixteen_tenants_never_meet():
+    matcher = BackgroundMatcher(14, 2, max_references=40)
+    wrong: list = []
+
+    def tenant(number: int) -> None:
+        rng = np.random.default_rng(number)
+        with matcher.scope(namespace=str(number)):
+            for _ in range(30):
+                image = flat(56, number * 15)
+                image[:14, :14] = rng.integers(0, 256)
+                match = matcher.match(image)
+                if match is None:
+                    matcher.miss(image, WHOLE)
+                elif not (match.reference.pixels[14:] == number * 15).all():
+                    wrong.append(number)
+
+    threads = [threading.Thread(target=tenant, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stats = matcher.stats()
+    assert not wrong and stats["matches"] + stats["misses"] == 480 and stats["references"] <= 40
+
+
+def test_a_namespace_can_be_forgotten_by_itself():
+    matcher = BackgroundMatcher(14, 2)
+    for name in ("a", "b"):
+        with matcher.scope(namespace=name):
+            matcher.miss(flat(56, 100), WHOLE)
+            assert matcher.match(flat(56, 101)) is not None  # a tracker too
+    matcher.clear("a")
+    with matcher.scope(namespace="a"):
+        assert matcher.match(flat(56, 100)) is None
+    with matcher.scope(namespace="b"):
+        assert matcher.match(flat(56, 100)) is not None
+    assert matcher.stats()["references"] == 1
