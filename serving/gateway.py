@@ -35,7 +35,8 @@ from .metrics import GatewayMetrics
 from .problems import ApiError
 from .prompts import engine_probe, suppressed_tokens
 from .replicas import Replica, Replicas
-from .settings import GatewaySettings, Limits, Tenants
+from .settings import GatewaySettings, Limits
+from .tenants import Tenants
 
 logger = logging.getLogger(__name__)
 
@@ -281,7 +282,7 @@ class Gateway:
     async def _prepare(self, chat: ChatRequest, tenant: str, request: Request) -> tuple[bytes, str | None]:
         """The body for an engine but for the model's name, and the key that says which replica it belongs to."""
         started = time.perf_counter()
-        mark = self.tenants.mark(tenant)
+        mark = self.tenants.cache_salt(tenant)
         frames: list[SplitFrame] = []
         if chat.urls:
             fetching = fetch_images(chat, self.settings.limits, self.fetcher, self._in_thread)

@@ -36,7 +36,8 @@ from backdrop.serving.client import GATEWAY_MARK
 from backdrop.serving.gateway import Gateway
 from backdrop.serving.images import ImageFetcher
 from backdrop.serving.replicas import Replicas
-from backdrop.serving.settings import Tenants, hash_key, load_settings, make_settings
+from backdrop.serving.settings import load_settings, make_settings
+from backdrop.serving.tenants import Tenants, hash_key
 
 MODEL = EXAMPLE
 KEYS = {"north": "key-of-north", "south": "key-of-south"}
@@ -219,7 +220,7 @@ def test_an_ordinary_request_becomes_groups(serve, engines, processor):
         red_scene(14, 28), text="what is shown?", model="backdrop", max_tokens=9, temperature=0.5, seed=3
     )
     (body,) = engines[0].requests
-    mark = Tenants(gateway.gateway.settings).mark("default")
+    mark = Tenants(gateway.gateway.settings).cache_salt("default")
     background, objects = (group_of(part, processor) for part in engines[0].parts())
     assert np.flatnonzero(objects.patch_mask).tolist() == [9]
     assert np.array_equal(background.pixels + objects.pixels, np.asarray(red_scene(14, 28)))
@@ -405,9 +406,9 @@ def test_marks_come_from_the_secret():
     settings = [
         make_settings(replicas=["http://a"], secret=secret) for secret in ("one", "one", "two", None, None)
     ]
-    marks = [Tenants(each).mark("north") for each in settings]
+    marks = [Tenants(each).cache_salt("north") for each in settings]
     assert marks[0] == marks[1] and len(set(marks)) == 4
-    assert Tenants(settings[0]).mark("south") != marks[0]
+    assert Tenants(settings[0]).cache_salt("south") != marks[0]
     assert all(len(mark) == 32 and not set(mark) - set("0123456789abcdef") for mark in marks)
 
 

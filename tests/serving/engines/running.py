@@ -16,7 +16,7 @@ import psutil
 import yaml
 from paths import EXAMPLE, ROOT
 
-from backdrop.serving.settings import hash_key
+from backdrop.serving.tenants import hash_key
 
 MODEL = EXAMPLE
 BLOCK = 32

@@ -14,7 +14,7 @@ from running import BLOCK, MODEL, ROOT, free_ports
 from backdrop.processing.processing_backdrop import BackdropProcessor
 from backdrop.scenes.world import render_scene
 from backdrop.serving import BackdropClient, FrameSplitter
-from backdrop.serving.engine import EngineSettings
+from backdrop.serving.engine_settings import EngineSettings
 
 pytestmark = pytest.mark.slow
 
