@@ -99,8 +99,8 @@ def test_a_background_of_one_replica_is_known_to_the_other(two_engines):
     splitter = FrameSplitter(BackdropProcessor.from_pretrained(MODEL), tolerance=0)
     first, second = (BackdropClient(f"{url}/v1", processor=MODEL, tolerance=0) for url in two_engines)
     for client in (first, second):
-        client._settle()
-        client._preparation.splitter = splitter
+        client.connect()
+        client.preparation.splitter = splitter
     question = "What time is the alarm set for?"
     for background in (115_201, 115_202):
         frames = [render_scene("phone", background, frame) for frame in range(1, 5)]

@@ -126,7 +126,7 @@ def test_the_second_frame_finds_its_background_cached_to_the_block(stack, local)
         cold = client.ask(first.image, first.questions[0].question)
         warm = client.ask(second.image, second.questions[0].question)
         assert cold.cached_tokens < BLOCK * 2  # the start of the template at most
-        split = client._preparation.splitter.split(second.image)
+        split = client.preparation.splitter.split(second.image)
         assert split.reused and len(split.items) == 2
         messages = client.messages(second.image, "?")
         text = processor.apply_chat_template(template_messages(messages), tokenize=False)
