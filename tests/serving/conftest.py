@@ -6,8 +6,10 @@ import ssl
 
 import pytest
 from fake_engine import FakeEngine, red_processor, wait_until
+from paths import EXAMPLE
 from running_gateway import RunningGateway, asked
 
+from backdrop.processing.processing_backdrop import BackdropProcessor
 from backdrop.serving.gateway import Gateway
 from backdrop.serving.settings import make_settings
 
@@ -24,6 +26,12 @@ def _one_tls_context():
 def processor():
     """56 px, 14 px patches, split by the red detector, margin 0; nobody may change it."""
     return red_processor()
+
+
+@pytest.fixture(scope="session")
+def example_processor():
+    """The committed model's, with its own detector; nobody may change it."""
+    return BackdropProcessor.from_pretrained(EXAMPLE)
 
 
 @pytest.fixture(scope="session")

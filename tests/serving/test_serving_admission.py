@@ -58,7 +58,7 @@ def test_a_stream_holds_its_slot_to_the_end(serve, engines):
 
 
 def test_a_client_that_stops_reading_loses_its_slot(serve, engines):
-    gateway = serve(limits={"answer_seconds": 0.5, "concurrent": 1}, health_seconds=60)
+    gateway = serve(limits={"answer_seconds": 0.2, "concurrent": 1}, health_seconds=60)
     for engine in engines:
         engine.mode = "slow"
         engine.step()

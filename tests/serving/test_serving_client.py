@@ -32,7 +32,6 @@ from backdrop.processing.patch_groups_backdrop import (
     looks_like_group,
     save_group,
 )
-from backdrop.processing.processing_backdrop import BackdropProcessor
 from backdrop.scenes.world import render_scene
 from backdrop.serving import AsyncBackdropClient, BackdropClient
 from backdrop.serving.client import GATEWAY_MARK
@@ -95,7 +94,7 @@ def test_a_known_background_goes_out_as_the_reference(client, engine, processor)
     )
     assert keys_of(engine, 0)[0] == keys_of(engine, 1)[0]
     assert np.array_equal(old.pixels, new.pixels) and set(np.unique(new.pixels[..., 0])) == {0, 90}
-    # What the reference does not own, and what has changed, is the frame's own.
+    # Patches that the reference does not own, and those that changed, come from the frame itself.
     assert np.flatnonzero(objects.patch_mask).tolist() == [0, 10]
     assert (objects.pixels[:14, :14, 0] == 92).all() and (objects.pixels[28:42, 28:42] == (255, 0, 0)).all()
     assert (first.patches, first.patches_reused, first.cached_tokens) == (16, 0, 0)
@@ -187,15 +186,12 @@ def test_the_system_prompt_and_options_are_passed_on(client, engine):
     assert (body["temperature"], body["seed"]) == (0.5, 3)
 
 
-def test_messages_for_those_who_send_themselves(client, engine):
+def test_messages_can_be_sent_by_another_client(client, engine):
     messages = client.messages(red_scene(14, 14), "what?")
     assert engine.requests == []
     client.openai.chat.completions.create(model="backdrop", messages=messages)
     client.ask(red_scene(14, 14), "what?")
     assert engine.requests[0]["messages"] == engine.requests[1]["messages"] == messages
-
-
-# ---- keys
 
 
 # ---- cameras
@@ -243,7 +239,7 @@ def test_clients_of_one_processor_share_nothing(engine, processor):
     assert processor.image_processor._live.detector is not None
 
 
-# ---- is it read as it is written?
+# ---- an engine that reads requests differently
 
 
 def test_an_engine_that_drops_alpha_never_answers(engine, processor):
@@ -273,14 +269,14 @@ def test_an_engine_that_drops_alpha_never_answers(engine, processor):
 
 def test_every_answer_is_counted(client, engine):
     client.ask(red_scene(), "q")
-    engine.sees_alpha = False  # another engine on the same port, say
+    engine.sees_alpha = False  # as if another engine had been started on the same port
     with pytest.raises(EngineMismatchError, match="read a prompt of"):
         client.ask(red_scene(), "q")
     check_prompt_tokens(3, 3)
 
 
 def test_the_count_is_that_of_the_processors_own_prompt(client, engine, processor):
-    client.messages(red_scene(), "q")  # settles
+    client.connect()
     for frames, system in (
         ([red_scene(0, 0)], None),
         ([red_scene(14, 14), red_scene(shade=10)], "start of it"),
@@ -321,7 +317,7 @@ def test_a_stream_that_is_left_ends_at_the_engine_too(client, engine):
     wait_until(lambda: engine.cancelled == 1)
 
 
-def test_asyncio_asks_at_once_and_settles_once(engine, processor):
+def test_asyncio_asks_at_once_and_connects_once(engine, processor):
     async def main():
         async with AsyncBackdropClient(f"{engine.url}/v1", processor=processor) as client:
             asked = [client.ask(red_scene(shade=10 * i), f"question {i}") for i in range(6)]
@@ -340,7 +336,7 @@ def test_asyncio_asks_at_once_and_settles_once(engine, processor):
         parts = by_question[f"question {i}"]["messages"][0]["content"]
         assert answer.text.split(" | ")[0] == parts[0]["uuid"]
     assert engine.probes == 1 and same.text == streamed
-    # Within tolerance 10, shades 10 apart are one background where they come in time for each other.
+    # Shades 10 apart are one background at tolerance 10, but only if the first frame's reference exists by then.
     assert 1 <= kept <= 6 and messages[-1]["content"][-1] == {"type": "text", "text": "again"}
 
 
@@ -371,10 +367,9 @@ def test_the_key_is_given_or_the_environments(engine, processor, monkeypatch):
     assert BackdropClient(engine.url, api_key="sk-given").openai.api_key == "sk-given"
 
 
-def test_the_processor_comes_from_where_the_engine_says_it_serves_from():
+def test_the_processor_comes_from_where_the_engine_says_it_serves_from(example_processor):
     """The committed model: its own detector, frames of one background from the made scenes."""
-    processor = BackdropProcessor.from_pretrained(MODEL)
-    with FakeEngine(processor, name="scenes", root=str(MODEL)) as engine:
+    with FakeEngine(example_processor, name="scenes", root=str(MODEL)) as engine:
         with BackdropClient(f"{engine.url}/v1") as client:
             scenes = [render_scene("phone", 115_000, frame) for frame in (1, 2)]
             answers = [client.ask(scene.image, scene.questions[0].question) for scene in scenes]
@@ -387,7 +382,7 @@ def test_the_processor_comes_from_where_the_engine_says_it_serves_from():
             and answers[1].patches_reused > 72
             and answers[1].cached_tokens > 72
         )
-        background = group_of(engine.parts(1)[0], processor)
+        background = group_of(engine.parts(1)[0], example_processor)
         first = np.asarray(scenes[0].image)
         owned = background.pixels.any(axis=-1)
         assert np.array_equal(background.pixels[owned], first[owned])
@@ -398,8 +393,8 @@ def test_the_processor_comes_from_where_the_engine_says_it_serves_from():
 
 
 @pytest.fixture
-def gateway():
-    """What a client sees of one: the mark. Yields the bodies that it was sent."""
+def gateway_stub():
+    """A server that a client takes for a gateway, by its mark; (its URL, the bodies that it was sent)."""
     bodies = []
 
     async def models(request):
@@ -426,8 +421,8 @@ def gateway():
         yield server.url, bodies
 
 
-def test_a_gateway_gets_whole_frames(gateway, tmp_path):
-    url, bodies = gateway
+def test_a_gateway_gets_whole_frames(gateway_stub, tmp_path):
+    url, bodies = gateway_stub
     frame = red_scene(14, 14)
     frame.save(tmp_path / "frame.png")
     cmyk = Image.new("CMYK", (20, 10), (0, 255, 255, 0))
@@ -461,13 +456,13 @@ def test_a_gateway_gets_whole_frames(gateway, tmp_path):
     assert image_of(images[6]).size == (20, 40)  # upright, as the file is shown
     assert link == {"type": "image_url", "image_url": {"url": "https://example.org/frame.png"}}
     assert inline["image_url"]["url"] == data_url(frame) and text["text"] == "q"
-    assert "logit_bias" not in body  # the gateway's own task
+    assert "logit_bias" not in body  # the gateway sets it
     assert (answer.text, answer.prompt_tokens, answer.cached_tokens) == ("fine", 9, None)
     assert (answer.patches, answer.patches_reused) == (0, 0)
 
 
-def test_a_group_reaches_a_gateway_as_a_group(gateway, processor):
-    url, bodies = gateway
+def test_a_group_reaches_a_gateway_as_a_group(gateway_stub, processor):
+    url, bodies = gateway_stub
     images = processor.image_processor
     group = images.image_groups([red_scene(14, 14)])[0][1]
     with BackdropClient(f"{url}/v1") as client:

@@ -15,7 +15,7 @@ from backdrop.serving import engine as engine_module
 from backdrop.serving.engine import Engine
 from backdrop.serving.engine_settings import EngineSettings
 
-# Stands in for the Python with vLLM: answers /health; what it does otherwise stands in the --model argument.
+# Takes the place of the Python with vLLM: answers /health; the words of its --model argument say how it misbehaves.
 STUB = f"""#!{sys.executable} -SE
 import os, signal, socket, sys, time
 
@@ -70,7 +70,7 @@ def stub(tmp_path, unused_port, fast):
     yield make
     for engine in made:
         for pid in pids(engine):
-            end = time.monotonic() + 5  # a killed process goes when the machine has time for it
+            end = time.monotonic() + 5  # a busy machine takes its time to remove a killed process
             while is_running(pid) and time.monotonic() < end:
                 time.sleep(0.01)
             if is_running(pid):
@@ -176,7 +176,7 @@ def test_a_killed_engine_is_started_again(stub, caplog):
     [
         (0.01, 5.0, [0.01, 0.02, 0.04]),
         (0.3, 0.5, [0.3, 0.5]),
-        (0.0005, 0.001, [0.0005] * 3),  # each lived longer than the longest pause
+        (0.0005, 0.001, [0.0005] * 3),  # after a life longer than the longest pause, pauses begin anew
     ],
     ids=["growing", "bounded", "anew"],
 )

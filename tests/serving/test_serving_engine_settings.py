@@ -80,6 +80,6 @@ def test_the_python_with_vllm_is_found(tmp_path, monkeypatch):
 
 
 def test_a_venvs_python_is_not_resolved(tmp_path):
-    # Resolved it would be the system's, which knows nothing of the environment.
+    # The link's target is the system's Python, which knows nothing of the environment.
     (tmp_path / "python").symlink_to(sys.executable)
     assert find_engine_python(str(tmp_path / "python")) == str(tmp_path / "python")

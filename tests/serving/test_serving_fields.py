@@ -39,7 +39,7 @@ def test_fields_that_clients_may_not_set_are_named(refusing, name):
     "part",
     [
         {"type": "image_url", "image_url": {"url": data_url(red_scene())}, "uuid": "mine"},
-        # vLLM would fetch this URL and trust this uuid.
+        # vLLM would fetch this URL, and take its image for the one with this uuid.
         {"type": "text", "text": "hi", "uuid": "mine", "image_url": "http://169.254.169.254/"},
     ],
     ids=["image", "text"],
@@ -67,6 +67,6 @@ def test_fields_of_a_message_are_named(gateway, engines):
     refused(gateway.post(message(name="<image>")), 400, "messages[0].name has 1 times '<image>'")
     tools = [{"type": "function", "function": {"name": "f", "description": "<image>"}}]
     refused(gateway.post(message() | {"tools": tools}), 400, "tools has 1 times '<image>'")
-    # What clients send back of an answer is empty there, and not passed on.
+    # Clients send an answer's message back with further fields, which are empty; these are not passed on.
     assert gateway.post(message(refusal=None, annotations=[], name="Ann")).status_code == 200
     assert asked(*engines)[0]["messages"] == [{"role": "user", "content": "hi", "name": "Ann"}]

@@ -7,11 +7,9 @@ import pytest
 from fake_engine import red_scene
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paths import EXAMPLE
 from PIL import Image
 
 from backdrop.processing.patch_groups_backdrop import BACKGROUND, OBJECT, make_group
-from backdrop.processing.processing_backdrop import BackdropProcessor
 from backdrop.scenes.world import render_scene
 from backdrop.serving import FrameSplitter
 from backdrop.serving.frames import ENCODED_GROUPS, MAX_OVERRIDDEN, group_key
@@ -43,7 +41,7 @@ def test_whatever_differs_has_another_key(seed, what, place):
         changed[row * PATCH + place % PATCH, column * PATCH + place % 11, place % 3] += 1
         other = make_group(changed, mask, BACKGROUND, PATCH)
     elif what == "mask":
-        # Equal pixels: black where it makes a difference.
+        # All black, so that the masks differ and the pixels do not.
         pixels[:] = 0
         group = make_group(pixels, mask, BACKGROUND, PATCH)
         key = group_key(group, PATCH, geometry)
@@ -76,15 +74,14 @@ def test_a_splitter_wants_a_processor():
         FrameSplitter("folder")
 
 
-def test_streets_that_differ_in_their_sign_are_two_backgrounds():
-    """Found under load: the stale sign of another camera stood in the background, beside the fresh one."""
-    processor = BackdropProcessor.from_pretrained(EXAMPLE)
+def test_streets_that_differ_in_their_sign_are_two_backgrounds(example_processor):
+    """Found under load: the prompt held the stale sign of another camera's street beside the fresh one."""
     first = np.asarray(render_scene("street", 115_900, 1).image)
     second = first.copy()
     second[:42, 28:126] = 255 - second[:42, 28:126]  # 21 of 144 patches
     assert Matching().max_overridden == MAX_OVERRIDDEN
     for options, alike in (({}, False), ({"max_overridden": 0.3}, True)):
-        splitter = FrameSplitter(processor, **options)
+        splitter = FrameSplitter(example_processor, **options)
         theirs = splitter.split(Image.fromarray(first)).background.key
         found = splitter.split(Image.fromarray(second))
         assert (found.background.key == theirs) == alike == bool(found.reused)

@@ -42,7 +42,7 @@ def test_an_ordinary_request_becomes_groups(serve, engines, processor):
         answer.json()["choices"][0]["message"]["content"]
         == f"{engines[0].parts()[0]['uuid']} | what is shown?"
     )
-    # As the processor counts them.
+    # The processor itself counts as many tokens.
     text = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is shown?"}]}],
         add_generation_prompt=True,

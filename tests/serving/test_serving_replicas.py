@@ -43,7 +43,7 @@ def test_a_replica_is_kept_out_while_it_drops_alpha(serve, engines):
     for shade in range(0, 250, 20):
         gateway.text(red_scene(width=0, shade=shade))
     assert engines[0].requests
-    # Another engine may stand there when it comes back.
+    # It is probed again when it comes back, since another engine may have been started there.
     engines[0].stop()
     gateway.wait_for(engines[0], up=False)
     engines[0].sees_alpha = False
@@ -145,7 +145,7 @@ def test_one_replica_that_hangs_does_not_hide_another():
 
 @pytest.mark.parametrize("late, stays", ((1, True), (2, True), (3, False)))
 def test_a_busy_replica_keeps_its_backgrounds(late, stays):
-    """Late for a look or two it is only busy; refused connections count at once."""
+    """One or two health checks that time out mean that it is busy; a refused connection takes it down at once."""
 
     async def main():
         async def answer(request):
@@ -165,7 +165,7 @@ def test_a_busy_replica_keeps_its_backgrounds(late, stays):
             failure = None
             await replicas.check_health()
             failure = httpx.ReadTimeout
-            await replicas.check_health()  # counted anew
+            await replicas.check_health()  # the count begins anew
             states.append(replica.up)
             failure = httpx.ConnectError
             await replicas.check_health()

@@ -125,7 +125,7 @@ def test_a_client_that_leaves_ends_the_fetching(serve, engines):
 
 
 def test_images_are_decoded_one_at_a_time(serve, engines, monkeypatch):
-    """A request of a few bytes may hold gigabytes of pixels."""
+    """A request of a few kilobytes may hold gigabytes of pixels."""
     kept, opened = [], []
     original = request_images.open_image
 

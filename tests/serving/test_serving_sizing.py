@@ -12,7 +12,7 @@ def test_bytes_of_a_token_of_the_committed_model():
     # Keys and values, 4 layers, 6 heads of 32 numbers of 4 or 2 bytes.
     assert kv_bytes_per_token(config, "float32") == 2 * 4 * 6 * 32 * 4 == 6144
     assert kv_bytes_per_token(config, "bfloat16") == kv_bytes_per_token(config, "float16") == 3072
-    assert kv_bytes_per_token(config) == 6144  # as the folder says: float32
+    assert kv_bytes_per_token(config) == 6144  # the folder's own dtype, float32
     config.dtype = "torch.bfloat16"
     assert kv_bytes_per_token(config) == 3072
 
@@ -41,5 +41,5 @@ def test_tokens_of_a_batch_keep_the_backgrounds_of_the_committed_model():
     config = BackdropConfig.from_pretrained(EXAMPLE)
     assert batched_tokens(config, 20, 4, 512) == 20 * 144 + 4 * 512
     assert batched_tokens(config, 1, 1, 512) == 2048  # vLLM's own smallest default
-    assert batched_tokens(config, 1000, 4, 512) == 16_384  # a batch must be computed too
+    assert batched_tokens(config, 1000, 4, 512) == 16_384  # the largest batch that is asked for
     assert batched_tokens(config, 1000, 4, 32_768) == 32_768

@@ -26,7 +26,7 @@ def test_tenants_share_nothing(serve, engines, processor):
     north, south = salt(engines[0], 0), salt(engines[0], 1)
     assert north != south and [salt(engines[0], n) for n in (2, 3)] == [north, south]
     shades = [int(group_of(engines[0].parts(n)[0], processor).pixels[-1, -1, 0]) for n in range(4)]
-    assert shades == [90, 92, 90, 92]  # each its own reference, never the other's
+    assert shades == [90, 92, 90, 92]  # each tenant's frames match its own reference, never the other's
     for number, mark in enumerate((north, south, north, south)):
         assert all(part["uuid"].startswith(f"{mark}-") for part in engines[0].parts(number))
 

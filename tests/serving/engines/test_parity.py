@@ -47,7 +47,7 @@ def transformers_tokens(local, messages: list[dict], images: list[Image.Image], 
 
 
 async def served_tokens(url: str, requests: list[list[dict]], processor, at_once: int) -> list[list[int]]:
-    """The engine's greedy tokens, so many requests in work at a time."""
+    """The engine's greedy tokens, so many requests at a time."""
     client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none")
     gate = asyncio.Semaphore(at_once)
 
@@ -162,6 +162,6 @@ def test_tenants_share_nothing(stack):
     question = "What time is the alarm set for?"
     assert north.ask(first.image, question).cached_tokens < 2 * BLOCK
     assert north.ask(second.image, question).cached_tokens >= 2 * BLOCK, stack.changes()
-    # The very same frames, and nothing of them is there.
+    # The same frames of another tenant: nothing is cached.
     assert south.ask(first.image, question).cached_tokens == 0
     assert south.ask(second.image, question).cached_tokens >= 2 * BLOCK, stack.changes()
