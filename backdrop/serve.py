@@ -53,15 +53,10 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a model: vLLM behind a gateway that splits images and reuses backgrounds across requests."""
-    from backdrop.serving.engine import (
-        Engine,
-        EngineSettings,
-        batched_tokens,
-        find_engine_python,
-        kv_cache_bytes,
-    )
-    from backdrop.serving.settings import hash_key as hash_of
+    from backdrop.serving.engine import Engine
     from backdrop.serving.settings import make_settings, read_settings
+    from backdrop.serving.sizing import plan_engines
+    from backdrop.serving.tenants import hash_key as hash_of
 
     if hash_key:
         typer.echo(hash_of(sys.stdin.readline().strip()))
@@ -78,51 +73,28 @@ def serve(
     settings = make_settings(
         str(config or "options"), **given | {k: v for k, v in values.items() if v is not None}
     )
-    started: list[EngineSettings] = []
+    planned = []
     if starts:
-        from backdrop.modeling.configuration_backdrop import BackdropConfig
-
-        shape = BackdropConfig.from_pretrained(model)
-        if shape.num_prefusion_layers:
-            raise ValueError(
-                f"{model} has {shape.num_prefusion_layers} prefusion layers, which vLLM would leave out; wanted a folder "
-                "written by backdrop export --fold-prefusion."
-            )
-        size = batch = None
-        block_size = block_size or 32  # vLLM's own on the CPU is 128, more than many a background
-        if backgrounds is not None:
-            if max_model_len is None:
-                raise ValueError("--backgrounds needs --max-model-len: requests in work take room too.")
-            max_num_seqs = max_num_seqs or 256  # what the bytes are for is what the engine is told
-            size = kv_cache_bytes(shape, backgrounds, max_num_seqs, max_model_len, block_size, dtype)
-            batch = batched_tokens(shape, backgrounds, max_num_seqs, max_model_len)
-            typer.echo(
-                f"cache: {size / 2**30:.2f} GiB for {backgrounds} backgrounds and {max_num_seqs} requests; {batch:,} "
-                "tokens a batch, and as many in the encoder cache"
-            )
-        python = find_engine_python(engine_python)
-        for i in range(replicas):
-            started.append(
-                EngineSettings(
-                    model=model,
-                    python=python,
-                    name=name,
-                    port=engine_port + i,
-                    dtype=dtype,
-                    max_model_len=max_model_len,
-                    max_num_seqs=max_num_seqs,
-                    max_num_batched_tokens=batch,
-                    kv_cache_bytes=size,
-                    block_size=block_size,
-                    images=2 * settings.limits.images,
-                    extra=tuple(engine_args or ()),
-                )
-            )
+        planned, size = plan_engines(
+            model,
+            [engine_port + i for i in range(replicas)],
+            python=engine_python,
+            name=name,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            backgrounds=backgrounds,
+            block_size=block_size,
+            max_images=settings.limits.images,
+            extra=tuple(engine_args or ()),
+        )
+        if size is not None:
+            typer.echo(size)
     if tolerance is not None:
         settings.matching.tolerance = tolerance
     folder = log_folder or Path(tempfile.mkdtemp(prefix="backdrop-serve-"))
     folder.mkdir(parents=True, exist_ok=True)
-    engines = [Engine(engine, folder / f"engine-{engine.port}.log") for engine in started]
+    engines = [Engine(engine, folder / f"engine-{engine.port}.log") for engine in planned]
     _run(settings, engines, host, port, start_seconds)
 
 

@@ -38,7 +38,8 @@ from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGen
 
 from backdrop.hub_export.convert import chat_template
 from backdrop.hub_export.export import export, load_checkpoint
-from backdrop.serving.engine import EngineSettings, batched_tokens, find_engine_python, kv_cache_bytes
+from backdrop.serving.engine_settings import EngineSettings, find_engine_python
+from backdrop.serving.sizing import batched_tokens, kv_cache_bytes
 
 from .report import machine, versions, write_json_atomically
 from .traffic import Ask, Outcome, SceneTraffic, drive, is_foreign, png_url, summarize

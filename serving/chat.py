@@ -1,109 +1,72 @@
-"""Chat requests from strangers: what is in them, checked line by line before anything is decoded or sent."""
+"""A chat request as a client sends it, checked field by field before anything is decoded, fetched or sent."""
 
-import asyncio
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from .images import Budget, ImageFetcher, decode_data_url
+from .fields import check_message_fields, check_part_fields, check_request_fields
 from .problems import ApiError
 from .settings import Limits
 
-# What is sent on. Everything else is refused by name: cache salts, processor options and the like are the gateway's.
-PASSED_ON = frozenset(
-    [
-        "model",
-        "messages",
-        "max_tokens",
-        "max_completion_tokens",
-        "temperature",
-        "top_p",
-        "n",
-        "stop",
-        "stream",
-        "stream_options",
-        "seed",
-        "presence_penalty",
-        "frequency_penalty",
-        "logit_bias",
-        "logprobs",
-        "top_logprobs",
-        "response_format",
-        "user",
-        "tools",
-        "tool_choice",
-        "parallel_tool_calls",
-        "metadata",
-    ]
-)
-OURS = {
-    "cache_salt": "the gateway sets it for each tenant",
-    "mm_processor_kwargs": "it would change what the model sees",
-    "media_io_kwargs": "it would change what the model sees",
-    "chat_template": "it would change what the model sees",
-    "chat_template_kwargs": "it would change what the model sees",
-}
 ROLES = ("system", "user", "assistant", "tool", "developer")
 MAX_MESSAGES = 1024
-# What a message may have. Others that clients send back from an answer are left out where they are empty.
-MESSAGE_FIELDS = frozenset(["role", "content", "name", "tool_calls", "tool_call_id"])
-# What a part may have. vLLM reads an image, and its URL, out of a text part that has a uuid.
-PART_FIELDS = {"text": ("type", "text"), "image_url": ("type", "image_url")}
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """An image of a request.
+
+    Attributes:
+        message, part: indices of its content part.
+        url: data:, http: or https:; not checked yet.
+    """
+
+    message: int
+    part: int
+    url: str
 
 
 @dataclass
 class ChatRequest:
-    """A request whose form is right.
+    """A request whose form has been checked.
 
     Attributes:
         body: as it came.
-        slots: (message, part) of every image, in order.
-        urls: their URLs.
+        images: of all messages, in order.
     """
 
     body: dict
-    slots: list[tuple[int, int]]
-    urls: list[str]
+    images: list[ImagePart] = field(default_factory=list)
 
     @property
     def streams(self) -> bool:
+        """Whether the client wants the answer as server-sent events."""
         return bool(self.body.get("stream"))
+
+    @property
+    def shows_usage(self) -> bool:
+        """Whether the client wants the usage as the last event of a stream."""
+        return bool((self.body.get("stream_options") or {}).get("include_usage"))
 
 
 def read_chat(body: object, limits: Limits, special_tokens: tuple[str, ...], model: str) -> ChatRequest:
-    """Checks a body.
+    """Checks the parsed body of a chat request.
 
     Args:
+        body: any JSON value.
+        limits: bounds on images, max_tokens and choices.
         special_tokens: texts that only the chat template may write.
         model: the name of the model that is served.
 
     Raises:
-        ApiError: 400, 404, 413.
+        ApiError: 400, the form is wrong or a field may not be set; 404, another model; 413, too many images.
     """
     if not isinstance(body, dict):
         raise ApiError(400, f"the body is a {type(body).__name__}; wanted a JSON object", "invalid_body")
-    for name in body:
-        if name in OURS:
-            raise ApiError(400, f"{name} cannot be set: {OURS[name]}", "field_refused")
-        if name not in PASSED_ON:
-            raise ApiError(400, f"unknown field {name!r:.80}", "unknown_field")
+    check_request_fields(body)
     if body.get("model") not in (None, model):
-        raise ApiError(
-            404, f"the model {body['model']!r:.200} is not served; wanted {model!r}", "model_not_found"
-        )
-    _check_number(body, "n", limits.choices)
-    for name in ("max_tokens", "max_completion_tokens"):
-        _check_number(body, name, limits.answer_tokens)
-    stream = body.get("stream")
-    if stream is not None and not isinstance(stream, bool):  # an engine takes "no" for false
-        raise ApiError(400, f"stream is {stream!r:.40}; wanted true or false", "invalid_body")
-    for name in _object(body, "stream_options"):
-        if name != "include_usage":
-            raise ApiError(400, f"unknown field stream_options.{name:.80}", "unknown_field")
-    for token in _object(body, "logit_bias"):
-        # " 5" and "05" are 5 to an engine too, and would stand beside the gateway's own "5".
-        if not token.isdecimal() or token != str(int(token[:20])):
-            raise ApiError(400, f"logit_bias has the token {token!r:.40}; wanted an id", "invalid_body")
+        message = f"the model {body['model']!r:.200} is not served; wanted {model!r}"
+        raise ApiError(404, message, "model_not_found")
+    _check_options(body, limits)
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "messages is missing or empty; wanted a list", "invalid_body")
@@ -112,59 +75,34 @@ def read_chat(body: object, limits: Limits, special_tokens: tuple[str, ...], mod
             400, f"{len(messages):,} messages; wanted at most {MAX_MESSAGES:,}", "too_many_messages"
         )
     for name in ("tools", "tool_choice", "response_format"):
-        if body.get(name) is not None:  # a template may show them
+        if body.get(name) is not None:  # a chat template may show them
             _check_text(name, json.dumps(body[name], ensure_ascii=False), special_tokens)
-    request = ChatRequest(body, [], [])
-    for m, message in enumerate(messages):
-        _read_message(request, m, message, special_tokens)
-    if len(request.urls) > limits.images:
+    request = ChatRequest(body)
+    for index, message in enumerate(messages):
+        request.images += _read_message(index, message, special_tokens)
+    if len(request.images) > limits.images:
         raise ApiError(
             413,
-            f"the request has {len(request.urls):,} images; wanted at most {limits.images}",
+            f"the request has {len(request.images):,} images; wanted at most {limits.images}",
             "too_many_images",
         )
     return request
 
 
-async def fetch_images(
-    request: ChatRequest, limits: Limits, fetcher: ImageFetcher, in_thread: Callable
-) -> list[bytes]:
-    """The request's images as they are encoded; fetched ones together are no larger than a body may be.
-
-    Args:
-        in_thread: runs a function elsewhere and awaits it.
-
-    Raises:
-        ApiError: 400, 413, 504.
-    """
-    budget = Budget(limits.body_bytes)
-
-    async def fetch(url: str) -> bytes:
-        if url.startswith("data:"):
-            return await in_thread(decode_data_url, url, limits.image_bytes)
-        return await fetcher.fetch(url, budget)
-
-    tasks = [asyncio.ensure_future(fetch(url)) for url in request.urls]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:  # where one failed, the others are for nothing
-            task.cancel()
-
-
-def with_images(request: ChatRequest, parts: list[list[dict]]) -> dict:
-    """The body with each image replaced by the content parts of its groups."""
-    replaced = dict(zip(request.slots, parts, strict=True))
-    messages = []
-    for m, message in enumerate(request.body["messages"]):
-        content = message.get("content")
-        if isinstance(content, list):
-            new = []
-            for p, part in enumerate(content):
-                new.extend(replaced.get((m, p), [part]))
-            message = message | {"content": new}
-        messages.append({name: value for name, value in message.items() if name in MESSAGE_FIELDS})
-    return request.body | {"messages": messages}
+def _check_options(body: dict, limits: Limits) -> None:
+    _check_number(body, "n", limits.choices)
+    for name in ("max_tokens", "max_completion_tokens"):
+        _check_number(body, name, limits.answer_tokens)
+    stream = body.get("stream")
+    if stream is not None and not isinstance(stream, bool):  # an engine reads the text "no" as false
+        raise ApiError(400, f"stream is {stream!r:.40}; wanted true or false", "invalid_body")
+    for name in _object(body, "stream_options"):
+        if name != "include_usage":
+            raise ApiError(400, f"unknown field stream_options.{name:.80}", "unknown_field")
+    for token in _object(body, "logit_bias"):
+        # An engine reads " 5" and "05" as 5 too: such a key could stand beside the gateway's own "5", and win.
+        if not token.isdecimal() or token != str(int(token[:20])):
+            raise ApiError(400, f"logit_bias has the token {token!r:.40}; wanted an id", "invalid_body")
 
 
 def _object(body: dict, name: str) -> dict:
@@ -182,51 +120,49 @@ def _check_number(body: dict, name: str, largest: int) -> None:
         raise ApiError(400, f"{name} is {value!r:.40}; wanted 1 to {largest:,}", "invalid_value")
 
 
-def _read_message(request: ChatRequest, m: int, message: object, special_tokens: tuple[str, ...]) -> None:
-    where = f"messages[{m}]"
+def _read_message(index: int, message: object, special_tokens: tuple[str, ...]) -> list[ImagePart]:
+    """Checks a message; its images."""
+    where = f"messages[{index}]"
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise ApiError(400, f"{where} has no role of {', '.join(ROLES)}", "invalid_body")
-    for name, value in message.items():
-        if name not in MESSAGE_FIELDS and value not in (None, "", [], {}):
-            raise ApiError(400, f"unknown field {where}.{name:.80}", "unknown_field")
+    check_message_fields(where, message)
     for name in ("name", "tool_calls", "tool_call_id"):
         if message.get(name) is not None:
             _check_text(f"{where}.{name}", json.dumps(message[name], ensure_ascii=False), special_tokens)
     content = message.get("content")
     if content is None or isinstance(content, str):
         _check_text(where, content or "", special_tokens)
-        return
+        return []
     if not isinstance(content, list):
         raise ApiError(
             400, f"{where}.content is a {type(content).__name__}; wanted text or parts", "invalid_body"
         )
-    texts = []
-    for p, part in enumerate(content):
-        here = f"{where}.content[{p}]"
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(kind, str) or kind not in PART_FIELDS:
-            raise ApiError(400, f"{here} has the type {kind!r:.40}; wanted text or image_url", "invalid_body")
-        if part.get("uuid") is not None:
-            raise ApiError(400, f"{here}.uuid cannot be set: the gateway hashes the pixels", "field_refused")
-        for name in part:
-            if name not in PART_FIELDS[kind]:
-                raise ApiError(400, f"unknown field {here}.{name:.80}", "unknown_field")
-        if kind == "text":
-            if not isinstance(part.get("text"), str):
-                raise ApiError(400, f"{here}.text is missing", "invalid_body")
-            texts.append(part["text"])
+    texts, images = [], []
+    for number, part in enumerate(content):
+        here = f"{where}.content[{number}]"
+        if check_part_fields(here, part) == "text":
+            texts.append(_text_of(here, part))
         else:
-            image = part.get("image_url")
-            url = image.get("url") if isinstance(image, dict) else image
-            if not isinstance(url, str) or not url:
-                raise ApiError(400, f"{here}.image_url has no url", "invalid_body")
-            if message["role"] != "user":
-                raise ApiError(
-                    400, f"{here} is an image of the {message['role']}; wanted the user's", "invalid_body"
-                )
-            request.slots.append((m, p))
-            request.urls.append(url)
-    _check_text(where, "".join(texts), special_tokens)  # the template joins them: "<ima", "ge>"
+            images.append(ImagePart(index, number, _image_url_of(here, part, message["role"])))
+    # The chat template joins the texts of a message: "<ima" and "ge>" are harmless only apart.
+    _check_text(where, "".join(texts), special_tokens)
+    return images
+
+
+def _text_of(where: str, part: dict) -> str:
+    if not isinstance(part.get("text"), str):
+        raise ApiError(400, f"{where}.text is missing", "invalid_body")
+    return part["text"]
+
+
+def _image_url_of(where: str, part: dict, role: str) -> str:
+    image = part.get("image_url")
+    url = image.get("url") if isinstance(image, dict) else image
+    if not isinstance(url, str) or not url:
+        raise ApiError(400, f"{where}.image_url has no url", "invalid_body")
+    if role != "user":
+        raise ApiError(400, f"{where} is an image of the {role}; wanted the user's", "invalid_body")
+    return url
 
 
 def _check_text(where: str, text: str, special_tokens: tuple[str, ...]) -> None:

@@ -9,9 +9,9 @@
         for frame in frames:
             print(camera.ask(frame, "Is the barrier up?"))
 
-The images of a frame are its patch groups, background first, with the pixels of the reference that the matcher found;
-so the engine's prefix cache has the background's keys and values already, whatever stands in front of it. To a Backdrop
-gateway, which splits itself, the client sends whole frames.
+A frame is sent as its patch groups, background first, with the pixels of the reference that the matcher found. So the
+engine's prefix cache already has the background's keys and values, whatever objects are in front of it. To a Backdrop
+gateway, which splits images itself, the client sends whole frames.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Answer:
     Attributes:
         text: the answer.
         prompt_tokens: of the whole prompt.
-        cached_tokens: prompt tokens whose keys and values the engine had already; None where it does not say
-            (`--enable-prompt-tokens-details`).
-        patches, patches_reused: of all frames; a gateway's own are not known here (0).
+        cached_tokens: prompt tokens whose keys and values the engine had already; None where the engine does not tell
+            (it needs `--enable-prompt-tokens-details`).
+        patches, patches_reused: of all frames; 0 where a gateway has split them.
     """
 
     text: str
@@ -61,14 +61,25 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """A request, ready to be sent."""
+class PreparedRequest:
+    """A request, ready to be sent.
+
+    Attributes:
+        body: arguments of `chat.completions.create`.
+        tokens: of the prompt; None where a gateway splits the frames, and checks the count itself.
+        frames: as they were split.
+    """
 
     body: dict
-    tokens: int | None  # the prompt's; None: the gateway splits, and knows
+    tokens: int | None
     frames: tuple[SplitFrame, ...]
 
     def answer(self, completion) -> Answer:
+        """The answer of a completion.
+
+        Raises:
+            EngineMismatchError: the engine counted other tokens than the prompt has.
+        """
         usage = completion.usage
         if self.tokens is not None:
             check_prompt_tokens(usage.prompt_tokens, self.tokens)
@@ -82,8 +93,19 @@ class _Prepared:
         )
 
 
-class _Preparation:
-    """What the synchronous and the asynchronous client share: everything but waiting."""
+class Preparation:
+    """Makes requests of frames and questions: what the synchronous and the asynchronous client share.
+
+    Args:
+        processor: of the served model, or its folder or Hub id; None: the engine says where it serves from.
+        model: its name; None: the first one.
+        tolerance, matching: see `FrameSplitter`.
+
+    Attributes:
+        ready: whether the engine has been probed.
+        model: the name of the model; None until `choose_model`.
+        processor, splitter: None until `choose_model`, and at a gateway.
+    """
 
     def __init__(self, processor, model: str | None, tolerance: float, matching: dict):
         self._given = processor
@@ -94,8 +116,12 @@ class _Preparation:
         self.processor: BackdropProcessor | None = None
         self.splitter: FrameSplitter | None = None
 
-    def settle(self, models: list) -> None:
-        """Chooses the model and loads its processor, given the engine's list of models."""
+    def choose_model(self, models: list) -> None:
+        """Chooses one of the engine's models and loads its processor, unless the server is a gateway.
+
+        Raises:
+            ValueError: the model that was asked for is not among them.
+        """
         names = [model.id for model in models]
         name = self._wanted_model or (names[0] if names else None)
         if name not in names:
@@ -109,7 +135,10 @@ class _Preparation:
             self.processor = source
         self.model = name
 
-    def messages(self, frames: Sequence, question: str, system: str | None, namespace: str, match: bool):
+    def messages(
+        self, frames: Sequence, question: str, system: str | None, namespace: str, match: bool
+    ) -> tuple[list[dict], tuple[SplitFrame, ...]]:
+        """The messages of a question, and its frames as they were split (at a gateway: none)."""
         if self.splitter is None:
             split = ()
             parts = [_whole_frame(frame) for frame in frames]
@@ -120,33 +149,35 @@ class _Preparation:
         messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
         return messages, split
 
-    def prepare(self, frames, question, system, namespace, match, options) -> _Prepared:
+    def prepare(self, frames, question, system, namespace, match, options) -> PreparedRequest:
+        """The request of a question; `options` are further fields of the API."""
         frames = frames if isinstance(frames, list | tuple) else [frames]
         messages, split = self.messages(frames, question, system, namespace, match)
         body = {"model": self.model, "messages": messages, "temperature": 0.0, **options}
         if self.splitter is None:
-            return _Prepared(body, None, ())
+            return PreparedRequest(body, None, ())
         body["logit_bias"] = suppressed_tokens(self.processor) | (options.get("logit_bias") or {})
         items = [item for frame in split for item in frame.items]
-        return _Prepared(body, prompt_tokens(self.processor, messages, items), split)
+        return PreparedRequest(body, prompt_tokens(self.processor, messages, items), split)
 
     def probe(self) -> tuple[dict, Callable[[int], None]] | None:
-        """See `engine_probe`; None for a gateway, which asks its engines itself."""
+        """See `engine_probe`; None for a gateway, which probes its engines itself."""
         return None if self.splitter is None else engine_probe(self.processor, self.splitter, self.model)
 
     def forget(self, namespace: str) -> None:
+        """Drops the references of a namespace."""
         if self.splitter is not None:
             self.splitter.matcher.clear(namespace)
 
 
 def _whole_frame(frame) -> dict:
-    """A frame for a gateway, read as a processor reads it; only a URL is left for the gateway to fetch."""
+    """The content part of a whole frame, read as a processor reads it; a URL is left for the gateway to fetch."""
     if isinstance(frame, str) and frame.startswith(("http://", "https://", "data:")):
         return {"type": "image_url", "image_url": {"url": frame}}
     if isinstance(frame, str) or hasattr(frame, "__fspath__"):
         frame = load_image(os.fspath(frame))
     image = ImageOps.exif_transpose(frame) if isinstance(frame, Image.Image) else array_to_image(frame)
-    if image.mode not in ("RGB", "RGBA"):  # CMYK, float: PNG has no such thing
+    if image.mode not in ("RGB", "RGBA"):  # PNG has no CMYK and no floating-point pixels
         image = Image.fromarray(rgb_array(image))
     buffer = BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
@@ -162,10 +193,13 @@ class BackdropClient:
     Args:
         base_url: the API's, with /v1.
         model: its name there; None: the first one.
-        processor: of the served model, or where it is (folder, Hub id); None: where the engine says it serves from.
+        processor: of the served model, or its folder or Hub id; None: the engine says where it serves from.
         api_key: None: the environment's OPENAI_API_KEY, or none.
         tolerance, matching: see `FrameSplitter`.
         openai_options: of `openai.OpenAI`: timeout, max_retries, http_client, ...
+
+    Attributes:
+        preparation: what makes its requests; holds processor and splitter once the client has connected.
     """
 
     def __init__(
@@ -179,9 +213,9 @@ class BackdropClient:
         matching: dict | None = None,
         **openai_options,
     ):
-        self._preparation = _Preparation(processor, model, tolerance, matching or {})
+        self.preparation = Preparation(processor, model, tolerance, matching or {})
         self._options = {"base_url": base_url, "api_key": api_key or _environment_key(), **openai_options}
-        self._settling = threading.Lock()
+        self._connecting = threading.Lock()
 
     @cached_property
     def openai(self) -> openai.OpenAI:
@@ -211,8 +245,8 @@ class BackdropClient:
             EngineMismatchError: the engine does not see patch groups.
             openai.APIError: what the engine refuses.
         """
-        self._settle()
-        prepared = self._preparation.prepare(frames, question, system, namespace, match, options)
+        self.connect()
+        prepared = self.preparation.prepare(frames, question, system, namespace, match, options)
         return prepared.answer(self.openai.chat.completions.create(**prepared.body))
 
     def stream(
@@ -226,8 +260,8 @@ class BackdropClient:
         **options,
     ) -> Iterator[str]:
         """The answer in pieces, as they come; the arguments are those of `ask`."""
-        self._settle()
-        prepared = self._preparation.prepare(frames, question, system, namespace, match, options)
+        self.connect()
+        prepared = self.preparation.prepare(frames, question, system, namespace, match, options)
         with self.openai.chat.completions.create(**prepared.body, stream=True) as chunks:
             for chunk in chunks:
                 if chunk.choices and chunk.choices[0].delta.content:
@@ -236,18 +270,18 @@ class BackdropClient:
     def messages(
         self, frames, question: str, *, system: str | None = None, namespace: str = "", match: bool = True
     ) -> list[dict]:
-        """Messages of the chat completions API, for those who send them themselves."""
-        self._settle()
+        """The messages of a question, to send with another client. Arguments as `ask` takes them."""
+        self.connect()
         frames = frames if isinstance(frames, list | tuple) else [frames]
-        return self._preparation.messages(frames, question, system, namespace, match)[0]
+        return self.preparation.messages(frames, question, system, namespace, match)[0]
 
     @contextlib.contextmanager
     def camera(self, name: str) -> Iterator[Camera]:
-        """A source of frames with references of its own, forgotten when the block ends."""
+        """A source of frames that has references of its own, which are dropped when the block ends."""
         try:
             yield Camera(self, f"camera/{name}")
         finally:
-            self._preparation.forget(f"camera/{name}")
+            self.preparation.forget(f"camera/{name}")
 
     def close(self) -> None:
         """Closes the connections."""
@@ -259,21 +293,27 @@ class BackdropClient:
     def __exit__(self, *exc) -> None:
         self.close()
 
-    def _settle(self) -> None:
-        with self._settling:
-            if self._preparation.ready:
+    def connect(self) -> None:
+        """Chooses the model, loads its processor and probes the engine; idempotent, and done by the first question.
+
+        Raises:
+            ValueError: the engine does not serve the model that was asked for.
+            EngineMismatchError: it does not see patch groups, or runs another chat template.
+        """
+        with self._connecting:
+            if self.preparation.ready:
                 return
-            self._preparation.settle(self.openai.models.list().data)
-            # Streams come without a count, so the engine's eyes are checked once, before the first question.
-            probe = self._preparation.probe()
+            self.preparation.choose_model(self.openai.models.list().data)
+            # A streamed answer reports no token count, so probe once that the engine reads alpha.
+            probe = self.preparation.probe()
             if probe is not None:
                 body, check = probe
                 check(self.openai.chat.completions.create(**body).usage.prompt_tokens)
-            self._preparation.ready = True
+            self.preparation.ready = True
 
 
 class AsyncBackdropClient:
-    """`BackdropClient` for asyncio; frames are split in a thread, the loop goes on meanwhile."""
+    """`BackdropClient` for asyncio. Frames are split in a worker thread, so that the event loop is not blocked."""
 
     def __init__(
         self,
@@ -286,9 +326,9 @@ class AsyncBackdropClient:
         matching: dict | None = None,
         **openai_options,
     ):
-        self._preparation = _Preparation(processor, model, tolerance, matching or {})
+        self.preparation = Preparation(processor, model, tolerance, matching or {})
         self._options = {"base_url": base_url, "api_key": api_key or _environment_key(), **openai_options}
-        self._settling: asyncio.Lock | None = None
+        self._connecting: asyncio.Lock | None = None
 
     @cached_property
     def openai(self) -> openai.AsyncOpenAI:
@@ -306,9 +346,9 @@ class AsyncBackdropClient:
         **options,
     ) -> Answer:
         """See `BackdropClient.ask`."""
-        await self._settle()
+        await self.connect()
         prepared = await asyncio.to_thread(
-            self._preparation.prepare, frames, question, system, namespace, match, options
+            self.preparation.prepare, frames, question, system, namespace, match, options
         )
         return prepared.answer(await self.openai.chat.completions.create(**prepared.body))
 
@@ -323,9 +363,9 @@ class AsyncBackdropClient:
         **options,
     ) -> AsyncIterator[str]:
         """See `BackdropClient.stream`."""
-        await self._settle()
+        await self.connect()
         prepared = await asyncio.to_thread(
-            self._preparation.prepare, frames, question, system, namespace, match, options
+            self.preparation.prepare, frames, question, system, namespace, match, options
         )
         async with await self.openai.chat.completions.create(**prepared.body, stream=True) as chunks:
             async for chunk in chunks:
@@ -336,11 +376,9 @@ class AsyncBackdropClient:
         self, frames, question: str, *, system: str | None = None, namespace: str = "", match: bool = True
     ) -> list[dict]:
         """See `BackdropClient.messages`."""
-        await self._settle()
+        await self.connect()
         frames = frames if isinstance(frames, list | tuple) else [frames]
-        found = await asyncio.to_thread(
-            self._preparation.messages, frames, question, system, namespace, match
-        )
+        found = await asyncio.to_thread(self.preparation.messages, frames, question, system, namespace, match)
         return found[0]
 
     @contextlib.asynccontextmanager
@@ -349,7 +387,7 @@ class AsyncBackdropClient:
         try:
             yield AsyncCamera(self, f"camera/{name}")
         finally:
-            self._preparation.forget(f"camera/{name}")
+            self.preparation.forget(f"camera/{name}")
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -361,18 +399,19 @@ class AsyncBackdropClient:
     async def __aexit__(self, *exc) -> None:
         await self.close()
 
-    async def _settle(self) -> None:
-        self._settling = self._settling or asyncio.Lock()
-        async with self._settling:
-            if self._preparation.ready:
+    async def connect(self) -> None:
+        """See `BackdropClient.connect`."""
+        self._connecting = self._connecting or asyncio.Lock()
+        async with self._connecting:
+            if self.preparation.ready:
                 return
             models = (await self.openai.models.list()).data
-            await asyncio.to_thread(self._preparation.settle, models)
-            probe = self._preparation.probe()
+            await asyncio.to_thread(self.preparation.choose_model, models)
+            probe = self.preparation.probe()
             if probe is not None:
                 body, check = probe
                 check((await self.openai.chat.completions.create(**body)).usage.prompt_tokens)
-            self._preparation.ready = True
+            self.preparation.ready = True
 
 
 @dataclass(frozen=True)

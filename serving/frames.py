@@ -1,7 +1,7 @@
-"""Frames as what an engine takes: patch groups as RGBA images, background first, each under the hash of its content.
+"""A frame as an engine takes it: patch groups as RGBA images, background first, each under the hash of its content.
 
-A known background travels as the *reference's* pixels, so that the engine's prefix cache, which goes by the item's
-uuid, knows it again. The engine never compares a uuid with pixels: it must be a hash of them, and is one here.
+A known background travels with the *reference's* pixels. The engine's prefix cache knows an item by its uuid, which it
+never compares with the pixels; so the uuid must be a hash of them, and equal pixels must have equal uuids.
 """
 
 import base64
@@ -25,11 +25,11 @@ from backdrop.processing.patch_groups_backdrop import (
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
 KEY_BYTES = 20
-FAST_COMPRESSION = 1  # of PNG: nobody keeps these
-# Less than the matcher's own 0.3: among the backgrounds of strangers some differ in a sign only, which would be stale
-# beside the fresh one (docs/serving.md).
+FAST_COMPRESSION = 1  # zlib level of the PNGs, which are sent once and not kept
+# Less than the matcher's own 0.3: the backgrounds of two strangers may differ only in a sign. With 0.3 they match, the
+# stale sign stays in the prompt beside the fresh one, and the model may read the wrong one (docs/serving.md).
 MAX_OVERRIDDEN = 0.1
-ENCODED_GROUPS = 64  # PNGs of the most recent backgrounds, which come again
+ENCODED_GROUPS = 64  # PNGs kept of the backgrounds that were sent last, since the same ones are sent again
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,17 @@ class GroupItem:
     png: bytes
 
     def part(self, prefix: str = "") -> dict:
-        """A content part of the chat completions API; `prefix` sets tenants' uuids apart."""
+        """A content part of the chat completions API; `prefix` of the uuid keeps tenants apart."""
         url = f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
         return {"type": "image_url", "image_url": {"url": url}, "uuid": prefix + self.key}
 
 
 @dataclass(frozen=True)
 class SplitFrame:
-    """A frame's groups and what became of its patches.
+    """A frame's patch groups.
 
     Attributes:
-        items: background first; one of the two may be missing.
+        items: the background and the objects, in this order; one of the two may be missing.
         reused: patches whose pixels are a reference's.
         total: patches of the grid.
     """
@@ -70,6 +70,7 @@ class SplitFrame:
 
     @property
     def background(self) -> GroupItem | None:
+        """The background group; None where everything is object."""
         return next((item for item in self.items if item.kind == GROUP_KINDS[BACKGROUND]), None)
 
 
@@ -77,9 +78,17 @@ class FrameSplitter:
     """Splits frames and matches their backgrounds as `processor.enable_background_matching` does. Thread-safe.
 
     Args:
-        processor: the served model's; it stays as it is: matching is switched on in a copy that shares its detector.
+        processor: the served model's. It is not changed: matching is switched on in a copy that shares its detector.
         tolerance: largest staleness that is reused, grey levels; 10 suits cameras, 0 reuses equal pixels only.
-        matching: options of `BackgroundMatcher`; max_overridden is 0.1 unless given.
+        matching: options of `BackgroundMatcher`; max_overridden is `MAX_OVERRIDDEN` unless given.
+
+    Attributes:
+        processor: the copy of the image processor.
+        matcher: its `BackgroundMatcher`, with this splitter's references.
+
+    Raises:
+        TypeError: `processor` is no Backdrop processor.
+        ValueError: a matching option is out of its range.
     """
 
     def __init__(
@@ -91,24 +100,41 @@ class FrameSplitter:
                 f"processor is a {type(images).__name__}; wanted a Backdrop processor "
                 "(BackdropProcessor.from_pretrained)."
             )
-        # A processor has one matcher: two splitters of the same processor would take each other's away.
+        # A processor has one matcher: a second splitter of the same processor would replace the first one's.
         self.processor = images.twin()
         matching = {"max_overridden": MAX_OVERRIDDEN, **matching}
         self.matcher = self.processor.enable_background_matching(tolerance, **matching)
         self._encoded: OrderedDict[str, bytes] = OrderedDict()
         self._lock = threading.Lock()
-        # The matcher reports in the thread that asks it.
+        # The matcher reports in the thread that asks it to match.
         self._report = threading.local()
         self.matcher.observer = lambda report: setattr(self._report, "value", report)
 
+    @property
+    def pads(self) -> bool:
+        """Whether images that are not square are padded to a square, which may have many more pixels."""
+        return getattr(self.processor, "do_pad", False)
+
+    @property
+    def encoded_backgrounds(self) -> int:
+        """PNGs of backgrounds that are kept."""
+        return len(self._encoded)
+
+    def load_detector(self) -> None:
+        """Loads the detector, which is otherwise loaded when the first image is split."""
+        self.processor.load_detector()
+
     def split(self, frame, namespace: str = "", match: bool = True, split: bool = True) -> SplitFrame:
-        """The groups of a frame.
+        """The patch groups of a frame.
 
         Args:
             frame: PIL image, array, path or URL; a patch group is taken as it stands.
-            namespace: whose references: nothing crosses from one to another.
+            namespace: of the references that it may match, or become; nothing crosses from one to another.
             match: False neither uses nor leaves a reference.
             split: False gives the whole frame as one background group (plain LLaVA).
+
+        Raises:
+            ValueError: the image cannot be read, or is no valid patch group.
         """
         if isinstance(frame, str) or hasattr(frame, "__fspath__"):
             frame = self.processor.fetch_images(frame)
@@ -121,7 +147,7 @@ class FrameSplitter:
         return SplitFrame(items, int((~report.fresh).sum()) if known else 0, len(groups[0].patch_mask))
 
     def item(self, group: PatchGroup) -> GroupItem:
-        """A group, hashed and encoded."""
+        """A group, hashed and encoded; the PNGs of the last `ENCODED_GROUPS` backgrounds are not made again."""
         geometry, patch_size = self.processor.geometry(), self.processor.patch_size
         key = group_key(group, patch_size, geometry)
         with self._lock:
@@ -141,7 +167,13 @@ class FrameSplitter:
 
 
 def group_key(group: PatchGroup, patch_size: int, geometry: str) -> str:
-    """160-bit hash of everything that a group is."""
+    """160-bit hash of a group's pixels, patches, kind and geometry, in hexadecimal.
+
+    Args:
+        group: pixels outside its patches are 0.
+        patch_size: pixels.
+        geometry: how the image was resized, as `BackdropImageProcessor.geometry` names it.
+    """
     digest = blake2b(digest_size=KEY_BYTES)
     digest.update(f"{group.pixels.shape} {patch_size} {geometry} {group.kind}".encode())
     digest.update(np.packbits(group.patch_mask).tobytes())

@@ -1,7 +1,7 @@
-"""What a request must cost on an engine that reads it as we do: its exact number of prompt tokens.
+"""The exact number of prompt tokens of a request, and the probe that compares it with an engine's own count.
 
-An engine that turned RGBA images into RGB, or that runs another chat template, would answer all the same, and wrongly.
-It is known by its count.
+An engine that turns RGBA images into RGB, or that runs another chat template, answers too, but wrongly. Its number of
+prompt tokens gives it away.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,13 +19,14 @@ ENGINE_FLAGS = (
 
 
 class EngineMismatchError(RuntimeError):
-    """The engine does not read requests as the client writes them."""
+    """The engine reads a request as another number of tokens than it has."""
 
 
 def prompt_tokens(processor: BackdropProcessor, messages: list[dict], items: Sequence[GroupItem]) -> int:
-    """Tokens of a prompt.
+    """Number of tokens of a prompt, its images expanded.
 
     Args:
+        processor: the served model's: its chat template and tokenizer.
         messages: of the chat completions API, one image part for each item.
         items: the groups, in order.
     """
@@ -40,7 +41,7 @@ def prompt_tokens(processor: BackdropProcessor, messages: list[dict], items: Seq
 
 
 def template_messages(messages: list[dict]) -> list[dict]:
-    """The API's messages as the chat template knows them."""
+    """Messages of the chat completions API in the form that the chat template takes."""
     return [
         message
         if isinstance(message["content"], str)
@@ -57,9 +58,18 @@ def template_messages(messages: list[dict]) -> list[dict]:
 def engine_probe(
     processor: BackdropProcessor, splitter: FrameSplitter, model: str
 ) -> tuple[dict, Callable[[int], None]]:
-    """A request of a few tokens that an engine which does not see patch groups counts differently, and the check.
+    """A request that an engine counts differently if it does not see patch groups, and a check of its count.
 
-    The check takes the usage's prompt_tokens and raises `EngineMismatchError`.
+    The request shows a group that owns one patch; an engine that drops alpha sees an image of all patches.
+
+    Args:
+        processor: the served model's.
+        splitter: encodes the group.
+        model: the engine's name for the model.
+
+    Returns:
+        The request's body, and a function that takes `usage.prompt_tokens` of its answer and raises
+        `EngineMismatchError` where it is not the number expected.
     """
     images = splitter.processor
     side = images.image_side
@@ -74,12 +84,19 @@ def engine_probe(
 
 
 def suppressed_tokens(processor: BackdropProcessor) -> dict[str, int]:
-    """`logit_bias` under which separators and the placeholder are never generated, as in our own `generate`."""
+    """The `logit_bias` under which an engine never generates separators or the placeholder.
+
+    Our own `generate` suppresses them; an engine knows nothing of them.
+    """
     return {str(token): -100 for token in (processor.image_token_id, *(processor.separator_token_ids or ()))}
 
 
 def check_prompt_tokens(found: int, wanted: int) -> None:
-    """Raises `EngineMismatchError` where an engine counted other tokens than the prompt has."""
+    """Compares an engine's count of prompt tokens with the number that the prompt has.
+
+    Raises:
+        EngineMismatchError: they differ.
+    """
     if found != wanted:
         raise EngineMismatchError(
             f"the engine read a prompt of {wanted} tokens as {found}: it does not see patch groups, or runs another chat "

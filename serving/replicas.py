@@ -1,8 +1,8 @@
 """The engines behind a gateway: which are up, and which one a background belongs to.
 
-A background's requests go to one replica, the one that ranks highest for its key (rendezvous hashing, Thaler and
-Ravishankar 1998): a replica that is lost moves its own backgrounds only, and a request that fails there goes to the
-next in rank. What is lost is cache, not requests.
+All requests about one background go to the replica that ranks highest for its key (rendezvous hashing, Thaler and
+Ravishankar 1998). When a replica is lost, only its own backgrounds move, each to the next replica in its rank. That costs
+cached keys and values, not requests.
 """
 
 import asyncio
@@ -16,8 +16,10 @@ import httpx
 
 logger = logging.getLogger(__name__)
 
-# Looks in a row that may go unanswered: an engine with much to do is late, and taking it out would lose its cache.
-PATIENCE = 3
+CHECK_SECONDS = 5.0  # longest time for an answer of /health
+# Health checks in a row that time out before a replica counts as down: an engine with much to do answers late, and its
+# cache would be lost.
+TIMEOUTS_BEFORE_DOWN = 3
 
 
 @dataclass
@@ -26,30 +28,36 @@ class Replica:
 
     Attributes:
         url: its base URL, without /v1.
-        up: whether it answered last, and reads requests as they are written.
+        model: its name for the model; None: it was never up.
+        up: whether it takes requests: it answered the last health check, and the probe.
         reason: why it is not up.
-        checked: it was seen to read patch groups; asked again each time it comes back.
-        in_flight: requests that it is working on for us.
-        late: looks in a row that it did not answer in time.
+        probed: whether it has passed the probe since it came up; another engine may come up at the same URL.
+        in_flight: requests that it is answering for this gateway.
+        timeouts: health checks in a row that it did not answer in time.
     """
 
     url: str
+    model: str | None = None
     up: bool = False
     reason: str = "not asked yet"
-    checked: bool = False
+    probed: bool = False
     in_flight: int = 0
-    late: int = 0
+    timeouts: int = 0
 
 
 class Replicas:
-    """Looks after the engines.
+    """Checks the engines' health, and ranks them for a request.
 
     Args:
-        urls: their base URLs.
-        client: for all requests to them.
-        probe: asked of a replica that has come up, before requests go there; raises with the reason to keep it out.
-        seconds: time between two looks.
+        urls: their base URLs, without /v1.
+        client: for the health checks.
+        probe: awaited with a replica that has come up, before it gets requests; what it raises is the reason to keep
+            the replica out.
+        seconds: time between two health checks of a replica.
         on_change: called with a replica whenever it goes up or down.
+
+    Attributes:
+        replicas: one for each URL.
     """
 
     def __init__(
@@ -65,8 +73,12 @@ class Replicas:
         self._on_change = on_change or (lambda replica: None)
         self._tasks: list[asyncio.Task] = []
 
+    def in_order(self, key: str | None) -> list[Replica]:
+        """All replicas in the order in which a request should try them: by its background's key, if it has one."""
+        return self.least_busy() if key is None else self.ranked(key)
+
     def ranked(self, key: str) -> list[Replica]:
-        """All replicas, the one that a key belongs to first; those that are down last."""
+        """All replicas, the one that a background's key belongs to first; those that are down last."""
 
         def rank(replica: Replica) -> bytes:
             return blake2b(f"{replica.url}\0{key}".encode(), digest_size=8).digest()
@@ -74,69 +86,71 @@ class Replicas:
         return sorted(sorted(self.replicas, key=rank, reverse=True), key=lambda replica: not replica.up)
 
     def least_busy(self) -> list[Replica]:
-        """All replicas for a request without a background, those with the fewest in flight first, down ones last."""
+        """All replicas, those with the fewest requests in flight first; those that are down last."""
         return sorted(self.replicas, key=lambda replica: (not replica.up, replica.in_flight))
 
     @property
     def any_up(self) -> bool:
+        """Whether one takes requests."""
         return any(replica.up for replica in self.replicas)
 
-    def down(self, replica: Replica, reason: str) -> None:
-        """Takes a replica out until it answers again."""
+    def mark_down(self, replica: Replica, reason: str) -> None:
+        """Keeps requests from a replica until it passes a health check and the probe."""
         if replica.up:
             logger.warning("replica %s is down: %s", replica.url, reason)
         changed = replica.up
-        replica.up, replica.reason, replica.checked = False, reason, False
+        replica.up, replica.reason, replica.probed = False, reason, False
         if changed:
             self._on_change(replica)
 
     async def start(self) -> None:
-        """Looks at every replica once, then goes on looking."""
-        await self.look()
-        # Each by itself: one that hangs must not keep us from seeing that another is back.
+        """Checks every replica once, and starts a task for each that goes on checking."""
+        await self.check_health()
+        # A task for each, since one that hangs must not hide that another is back.
         self._tasks = [asyncio.create_task(self._watch(replica)) for replica in self.replicas]
 
     async def stop(self) -> None:
-        """Stops looking."""
+        """Ends the tasks that `start` started."""
         for task in self._tasks:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 
-    async def look(self) -> None:
-        """Asks all replicas for their health."""
-        await asyncio.gather(*(self._look_at(replica) for replica in self.replicas))
+    async def check_health(self) -> None:
+        """Checks every replica once; those that have come up are probed."""
+        await asyncio.gather(*(self._check(replica) for replica in self.replicas))
 
     async def _watch(self, replica: Replica) -> None:
         while True:
             await asyncio.sleep(self._seconds)
             try:
-                await self._look_at(replica)
-            except Exception:  # a look that fails must not end the looking
+                await self._check(replica)
+            except Exception:  # a check that fails must not end the task
                 logger.exception("health check")
 
-    async def _look_at(self, replica: Replica) -> None:
+    async def _check(self, replica: Replica) -> None:
         try:
-            answer = await self._client.get(f"{replica.url}/health", timeout=5.0)
+            answer = await self._client.get(f"{replica.url}/health", timeout=CHECK_SECONDS)
             if answer.status_code != 200:
-                return self.down(replica, f"/health answers {answer.status_code}")
-            if self._probe is not None and not replica.checked:
+                return self.mark_down(replica, f"/health answers {answer.status_code}")
+            if self._probe is not None and not replica.probed:
                 await self._probe(replica)
-                replica.checked = True
+                replica.probed = True
         except httpx.HTTPError as error:
-            if replica.up and isinstance(error, httpx.ReadTimeout) and replica.late + 1 < PATIENCE:
-                replica.late += 1
+            timed_out = isinstance(error, httpx.ReadTimeout)
+            if replica.up and timed_out and replica.timeouts + 1 < TIMEOUTS_BEFORE_DOWN:
+                replica.timeouts += 1
                 return None
-            return self.down(
+            return self.mark_down(
                 replica, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             )
-        except Exception as error:  # the probe's own reason
+        except Exception as error:  # the reason that the probe gives
             if replica.reason != str(error):
                 logger.error("replica %s is not used: %s", replica.url, error)
-            self.down(replica, str(error))
+            self.mark_down(replica, str(error))
             replica.reason = str(error)
             return
-        replica.late = 0
+        replica.timeouts = 0
         if not replica.up:
             replica.up, replica.reason = True, ""
             logger.info("replica %s is up", replica.url)

@@ -1,8 +1,8 @@
-"""What a gateway is told: replicas, tenants, limits. From the command line, or a YAML file whose unknown keys are errors."""
+"""The settings of a gateway: replicas, tenants' keys, limits, matching. From the command line or a YAML file.
 
-import hashlib
-import hmac
-import secrets
+Unknown keys of the file are errors, so that a misspelt limit is never silently left at its default.
+"""
+
 from pathlib import Path
 from typing import Annotated
 
@@ -14,24 +14,25 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Limits(BaseModel):
-    """Bounds on what one request may ask for, and on all of them together.
+    """Bounds on what one request may ask for, and on all requests together.
 
     Attributes:
-        body_bytes: of a request; images travel in it as base64.
-        body_values: JSON values in it, about: commas and brackets are counted, before anything is parsed.
-        image_bytes: of one encoded image.
-        image_pixels: of one image, read from its header before it is decoded.
-        images: in one request, earlier turns of the conversation counted too.
-        answer_tokens: largest max_tokens; where a request has none, the engine's longest request is the bound.
+        body_bytes: size of a request's body, in which images travel as base64; also of all images that one request has
+            fetched by URL, together.
+        body_values: JSON values in a body, estimated from its commas and brackets before it is parsed.
+        image_bytes: size of one encoded image.
+        image_pixels: pixels of one image, read from its header before it is decoded.
+        images: images in one request, those of earlier turns of the conversation included.
+        answer_tokens: largest max_tokens; a request without max_tokens is bounded by the engine's max_model_len.
         choices: largest n.
-        concurrent: requests in work at a time.
-        waiting: requests that wait for a place; beyond, 429.
-        wait_seconds: longest wait for a place.
+        concurrent: requests in progress at a time.
+        waiting: requests that wait for one of them to end; further ones get a 429.
+        wait_seconds: longest such wait.
         read_seconds: longest time to receive a body.
         fetch_seconds: longest time to fetch an image by URL.
         first_token_seconds: longest silence of a replica that streams.
-        answer_seconds: longest time from the engine's first word, or without streaming from the question, to the end, a
-            reader who does not read included.
+        answer_seconds: longest time to the end of an answer: from its first event where it is streamed (the time in
+            which the client does not read counts), from the question where it is not.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -53,28 +54,37 @@ class Limits(BaseModel):
 
 
 class Matching(BaseModel):
-    """How backgrounds are recognised; see `BackgroundMatcher`."""
+    """How backgrounds are recognised; the attributes are options of `BackgroundMatcher`.
+
+    Attributes:
+        tolerance: largest staleness that is reused, grey levels.
+        min_reuse: smallest share of the image's patches that a match must reuse.
+        max_overridden: largest share of a reference's patches that may be overridden; the default is `FrameSplitter`'s.
+        max_references: references kept, of all tenants together.
+        ttl: seconds after which a reference is forgotten; None: never.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     tolerance: Annotated[float, Field(ge=0, le=255)] = 10.0
     min_reuse: Annotated[float, Field(gt=0, le=1)] = 0.3
-    max_overridden: Annotated[float, Field(ge=0, le=1)] = 0.1  # as `FrameSplitter`
+    max_overridden: Annotated[float, Field(ge=0, le=1)] = 0.1
     max_references: Count = 1024
     ttl: Positive | None = 24 * 3600.0
 
 
 class GatewaySettings(BaseModel):
-    """Everything about a gateway.
+    """All settings of a gateway.
 
     Attributes:
         processor: the served model's folder or Hub id; None: where the engine says it serves from.
         replicas: base URLs of the engines, without /v1.
-        keys: tenant by SHA-256 of its API key (`backdrop serve --hash-key`); empty: one tenant, no key asked for.
-        secret: what cache salts are made with; gateways in front of the same engines share it. None: a new one.
-        image_hosts: hosts that images may be fetched from, "example.org" or "*.example.org"; none: no URL is fetched.
-        split: False sends whole images on (plain LLaVA), for comparison.
-        health_seconds: time between two looks at each replica.
+        keys: tenant by the SHA-256 of its API key (`backdrop serve --hash-key`); empty: one tenant, and no key is needed.
+        secret: from which cache salts are derived; gateways in front of the same engines share it. None: a new one at
+            each start.
+        image_hosts: hosts that images may be fetched from, "example.org" or "*.example.org"; empty: no URL is fetched.
+        split: False sends whole images to the engine (plain LLaVA), for comparison.
+        health_seconds: time between two health checks of each replica.
         workers: threads that decode, split and match.
     """
 
@@ -114,10 +124,14 @@ class GatewaySettings(BaseModel):
 
 
 def load_settings(path: str | Path, **changes) -> GatewaySettings:
-    """Settings from a YAML file; `changes` that are not None win.
+    """Settings from a YAML file.
+
+    Args:
+        path: of the file.
+        changes: values that replace the file's; those that are None do not.
 
     Raises:
-        ValueError: names the file, the key and what was wanted.
+        ValueError: one line that names the file, the key and what was wanted.
         OSError: the file cannot be read.
     """
     return make_settings(
@@ -126,7 +140,7 @@ def load_settings(path: str | Path, **changes) -> GatewaySettings:
 
 
 def read_settings(path: str | Path) -> dict:
-    """A YAML file's keys and values, not checked yet; raises as `load_settings`."""
+    """The keys and values of a YAML file, not validated yet. Raises as `load_settings` does."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -137,43 +151,20 @@ def read_settings(path: str | Path) -> dict:
 
 
 def make_settings(source: str = "settings", /, **values) -> GatewaySettings:
-    """As the class, with the first error as one line."""
+    """Validated settings.
+
+    Args:
+        source: where the values come from, for the error.
+        values: fields of `GatewaySettings`.
+
+    Raises:
+        ValueError: one line about the first value that is wrong.
+    """
     try:
         return GatewaySettings(**values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        # What is found where something is missing is everything else, the secret too.
+        # For a missing field pydantic shows all the other values as its input, the secret among them.
         found = "" if first["type"] == "missing" else f" (found {first['input']!r:.200})"
         raise ValueError(f"{source}: {where}: {first['msg'].removeprefix('Value error, ')}{found}") from error
-
-
-def hash_key(key: str) -> str:
-    """What a settings file holds of an API key."""
-    return hashlib.sha256(key.encode()).hexdigest()
-
-
-class Tenants:
-    """Which key is whose, and what sets a tenant's entries in the engine's caches apart from everybody else's."""
-
-    def __init__(self, settings: GatewaySettings):
-        self._keys = settings.keys
-        self._secret = (settings.secret or secrets.token_hex(32)).encode()
-
-    def of(self, authorization: str | None) -> str | None:
-        """The tenant of an Authorization header; None: no valid key."""
-        if not self._keys:
-            return "default"
-        scheme, _, key = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not key:
-            return None
-        digest = hash_key(key.strip())
-        found = None
-        for known, tenant in self._keys.items():  # all of them: the time says nothing
-            if hmac.compare_digest(known, digest):
-                found = tenant
-        return found
-
-    def mark(self, tenant: str) -> str:
-        """32 hexadecimal digits that nobody without the secret can make: cache salt and prefix of the uuids."""
-        return hmac.new(self._secret, tenant.encode(), hashlib.sha256).hexdigest()[:32]

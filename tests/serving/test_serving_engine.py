@@ -1,8 +1,7 @@
-"""vLLM as a child process, with a small script in its place: command line, cache size, and what happens when it dies."""
+"""vLLM as a child process, with a small script in its place: how it starts, stops, dies and is started again."""
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -11,24 +10,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-import tiny
-from paths import EXAMPLE
 
-from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.serving import engine as engine_module
-from backdrop.serving.engine import (
-    TEXT_TOKENS,
-    Engine,
-    EngineSettings,
-    batched_tokens,
-    find_engine_python,
-    kv_bytes_per_token,
-    kv_cache_bytes,
-)
+from backdrop.serving.engine import Engine
+from backdrop.serving.engine_settings import EngineSettings
 
-MODEL = EXAMPLE
-
-# Stands in for the Python with vLLM: answers /health; what it does otherwise stands in the --model argument.
+# Takes the place of the Python with vLLM: answers /health; the words of its --model argument say how it misbehaves.
 STUB = f"""#!{sys.executable} -SE
 import os, signal, socket, sys, time
 
@@ -83,7 +70,7 @@ def stub(tmp_path, unused_port, fast):
     yield make
     for engine in made:
         for pid in pids(engine):
-            end = time.monotonic() + 5  # a killed process goes when the machine has time for it
+            end = time.monotonic() + 5  # a busy machine takes its time to remove a killed process
             while is_running(pid) and time.monotonic() < end:
                 time.sleep(0.01)
             if is_running(pid):
@@ -131,128 +118,6 @@ async def running(engine: Engine):
     assert len(asyncio.all_tasks()) == 1
 
 
-# ---- settings
-
-
-def test_the_command_line():
-    words = EngineSettings(model="folder", python="/venv/bin/python").command()
-    assert words == [
-        *("/venv/bin/python", "-m", "vllm.entrypoints.openai.api_server", "--model", "folder"),
-        *("--served-model-name", "backdrop", "--host", "127.0.0.1", "--port", "8100"),
-        *("--trust-remote-code", "--model-impl", "transformers", "--dtype", "auto"),
-        *("--media-io-kwargs", '{"image": {"image_mode": null}}', "--mm-processor-cache-gb", "0"),
-        *("--limit-mm-per-prompt", '{"image": 32}', "--enable-prompt-tokens-details"),
-    ]
-    full = EngineSettings(
-        model="folder",
-        python="python",
-        name="scenes",
-        host="0.0.0.0",
-        port=9000,
-        dtype="bfloat16",
-        max_model_len=512,
-        max_num_seqs=4,
-        max_num_batched_tokens=4096,
-        kv_cache_bytes=2**28,
-        block_size=32,
-        images=4,
-        extra=("--enforce-eager", "--seed", "0"),
-    )
-    words = full.command()
-    found = {name: value for name, value in zip(words, words[1:], strict=False) if name.startswith("--")}
-    assert found["--served-model-name"] == "scenes" and found["--dtype"] == "bfloat16"
-    assert (found["--host"], found["--port"]) == ("0.0.0.0", "9000") and full.url == "http://0.0.0.0:9000"
-    assert (found["--max-model-len"], found["--max-num-seqs"], found["--block-size"]) == ("512", "4", "32")
-    assert found["--max-num-batched-tokens"] == "4096"
-    assert found["--kv-cache-memory-bytes"] == str(2**28)
-    assert json.loads(found["--limit-mm-per-prompt"]) == {"image": 4}
-    assert words[-3:] == ["--enforce-eager", "--seed", "0"]
-
-
-def test_the_environment_tells_nobody(monkeypatch):
-    monkeypatch.setenv("SOME_NAME", "kept")
-    environment = EngineSettings(model="folder", python="python").environment()
-    assert environment["VLLM_NO_USAGE_STATS"] == environment["DO_NOT_TRACK"] == "1"
-    assert environment["SOME_NAME"] == "kept" and "VLLM_NO_USAGE_STATS" not in os.environ
-
-
-def test_the_python_with_vllm_is_found(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("BACKDROP_ENGINE_PYTHON", raising=False)
-    monkeypatch.setattr(engine_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match=r"no vLLM: wanted .venv-serve \(make serve-setup\), --engine-python, or BACK"
-    ):
-        find_engine_python()
-    monkeypatch.setattr(engine_module.importlib.util, "find_spec", lambda name: name)
-    assert find_engine_python() == sys.executable
-    standard = tmp_path / ".venv-serve" / "bin" / "python"
-    standard.parent.mkdir(parents=True)
-    standard.touch()
-    assert find_engine_python() == str(standard)
-    (tmp_path / "other").touch()
-    monkeypatch.setenv("BACKDROP_ENGINE_PYTHON", str(tmp_path / "other"))
-    assert find_engine_python() == str(tmp_path / "other")
-    assert find_engine_python(str(standard)) == str(standard)
-    with pytest.raises(
-        ValueError, match="^gone is not there; wanted the Python of an environment with vLLM.$"
-    ):
-        find_engine_python("gone")
-    monkeypatch.setenv("BACKDROP_ENGINE_PYTHON", "elsewhere")
-    with pytest.raises(ValueError, match="elsewhere is not there"):
-        find_engine_python()
-
-
-def test_a_venvs_python_is_not_resolved(tmp_path):
-    # Resolved it would be the system's, which knows nothing of the environment.
-    (tmp_path / "python").symlink_to(sys.executable)
-    assert find_engine_python(str(tmp_path / "python")) == str(tmp_path / "python")
-
-
-# ---- the cache's size
-
-
-def test_bytes_of_a_token_of_the_committed_model():
-    config = BackdropConfig.from_pretrained(MODEL)
-    # Keys and values, 4 layers, 6 heads of 32 numbers of 4 or 2 bytes.
-    assert kv_bytes_per_token(config, "float32") == 2 * 4 * 6 * 32 * 4 == 6144
-    assert kv_bytes_per_token(config, "bfloat16") == kv_bytes_per_token(config, "float16") == 3072
-    assert kv_bytes_per_token(config) == 6144  # as the folder says: float32
-    config.dtype = "torch.bfloat16"
-    assert kv_bytes_per_token(config) == 3072
-
-
-def test_bytes_of_a_token_with_grouped_heads_and_prefusion():
-    # 2 layers and 1 of prefusion, 2 of 4 heads, 32 / 4 numbers.
-    config = tiny.backdrop_config(num_prefusion_layers=1)
-    assert kv_bytes_per_token(config, "float32") == 2 * 3 * 2 * 8 * 4
-    config = tiny.backdrop_config(text_config=tiny.text_config(head_dim=16))
-    assert kv_bytes_per_token(config, "float32") == 2 * 2 * 2 * 16 * 4
-
-
-def test_bytes_of_a_cache_of_the_committed_model():
-    config = BackdropConfig.from_pretrained(MODEL)
-    # 144 patches, 2 separators, a system prompt: 7 blocks of 32 for each of 10 backgrounds; 512 / 32 for each of 4
-    # requests; and one that vLLM keeps for itself.
-    assert TEXT_TOKENS == 64 and -(-(144 + 2 + 64) // 32) == 7
-    wanted = (10 * 7 + 4 * 16 + 1) * 32 * 6144
-    assert kv_cache_bytes(config, 10, 4, 512, 32, "float32") == wanted
-    assert kv_cache_bytes(config, 10, 4, 512, 32, "float16") == wanted // 2
-    # Rounded up: 210 tokens are 14 blocks of 16, 500 are 32.
-    assert kv_cache_bytes(config, 1, 1, 500, 16, "float32") == (14 + 32 + 1) * 16 * 6144
-
-
-def test_tokens_of_a_batch_keep_the_backgrounds_of_the_committed_model():
-    config = BackdropConfig.from_pretrained(MODEL)
-    assert batched_tokens(config, 20, 4, 512) == 20 * 144 + 4 * 512
-    assert batched_tokens(config, 1, 1, 512) == 2048  # vLLM's own smallest default
-    assert batched_tokens(config, 1000, 4, 512) == 16_384  # a batch must be computed too
-    assert batched_tokens(config, 1000, 4, 32_768) == 32_768
-
-
-# ---- a running engine
-
-
 def test_it_starts_answers_and_stops(stub):
     async def main():
         async with running(stub()) as engine:
@@ -288,7 +153,7 @@ def test_a_killed_engine_is_started_again(stub, caplog):
         async with running(stub("worker")) as engine:
             await engine.ready(10)
             await until(lambda: len(pids(engine)) == 2)
-            os.kill(engine._process.pid, signal.SIGKILL)
+            os.kill(engine.pid, signal.SIGKILL)
             await until(lambda: len(pids(engine, "stub")) == 2)
             assert engine.restarts == 1
             await until(lambda: not any(map(is_running, pids(engine)[:2])))  # its worker too
@@ -311,7 +176,7 @@ def test_a_killed_engine_is_started_again(stub, caplog):
     [
         (0.01, 5.0, [0.01, 0.02, 0.04]),
         (0.3, 0.5, [0.3, 0.5]),
-        (0.0005, 0.001, [0.0005] * 3),  # each lived longer than the longest pause
+        (0.0005, 0.001, [0.0005] * 3),  # after a life longer than the longest pause, pauses begin anew
     ],
     ids=["growing", "bounded", "anew"],
 )
@@ -334,7 +199,7 @@ def test_stop_kills_what_does_not_listen(stub):
             await until(lambda: len(pids(engine)) == 2)
             started = time.monotonic()
         assert 0.1 <= time.monotonic() - started < 5
-        assert engine._process.returncode == -signal.SIGKILL
+        assert engine.returncode == -signal.SIGKILL
         await until(lambda: not any(map(is_running, pids(engine))))
 
     asyncio.run(main())
@@ -345,7 +210,7 @@ def test_stop_kills_workers_that_outlive_their_parent(stub):
         async with running(stub("worker")) as engine:
             await engine.ready(10)
             await until(lambda: len(pids(engine)) == 2)
-        assert engine._process.returncode == -signal.SIGTERM
+        assert engine.returncode == -signal.SIGTERM
         await until(lambda: not any(map(is_running, pids(engine))))
         assert engine.restarts == 0
 
@@ -421,7 +286,7 @@ def test_a_restart_that_cannot_be_is_tried_again(stub, caplog):
             await engine.ready(10)
             python = Path(engine.settings.python)
             python.rename(python.with_suffix(".away"))
-            os.kill(engine._process.pid, signal.SIGKILL)
+            os.kill(engine.pid, signal.SIGKILL)
             await until(lambda: "cannot be started" in caplog.text)
             python.with_suffix(".away").rename(python)
             await until(lambda: len(pids(engine)) == 2)

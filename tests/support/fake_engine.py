@@ -1,12 +1,11 @@
 """A stand-in for vLLM's OpenAI server on an exported folder, and a thread that runs any ASGI application on loopback.
 
-It counts prompt tokens as the real one, from the parts it receives; says which background it was shown, so that a mix-up
-would be seen; keeps what it was asked; and can be told to fail.
+It counts prompt tokens as the real one does, from the parts it receives. Its answers name the background that it was
+shown, so that a mix-up is seen. It keeps what it was asked, and fails in the ways it is told to.
 """
 
 import asyncio
 import base64
-import contextlib
 import json
 import threading
 import time
@@ -35,6 +34,19 @@ from backdrop.serving.prompts import prompt_tokens
 PIECE = 16  # characters of an answer in one event
 
 
+class _FastSleep:
+    """asyncio, as uvicorn sees it: `Server.shutdown` sleeps for a tenth of a second whatever there is to wait for."""
+
+    def __getattr__(self, name):
+        return getattr(asyncio, name)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(min(seconds, 0.005))
+
+
+uvicorn.server.asyncio = _FastSleep()
+
+
 def wait_until(condition: Callable[[], object], seconds: float = 5.0) -> None:
     """Returns as soon as a condition holds."""
     deadline = time.monotonic() + seconds
@@ -59,6 +71,11 @@ class AppThread:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started, and not stopped since."""
+        return self._thread is not None
+
     def start(self) -> None:
         """Returns once it listens."""
         config = uvicorn.Config(
@@ -79,7 +96,7 @@ class AppThread:
         self.port = self.server.servers[0].sockets[0].getsockname()[1]
 
     async def _serve(self, begun: threading.Event) -> None:
-        # As `Server.serve`, which looks whether it should end ten times a second only.
+        # As `Server.serve`, which checks only ten times a second whether it should end.
         self.loop, self._end = asyncio.get_running_loop(), asyncio.Event()
         try:
             self.server.config.load()
@@ -92,11 +109,11 @@ class AppThread:
             await self.server.shutdown()
 
     def end(self) -> None:
-        """Begins to stop, and returns."""
+        """Tells it to stop, and returns at once."""
         self.loop.call_soon_threadsafe(self._end.set)
 
     def stop(self) -> None:
-        """Answers what is running, and stops."""
+        """Returns once the requests that are running have been answered and it has stopped."""
         if self._thread is not None:
             self.end()
             self._thread.join(15)
@@ -111,7 +128,7 @@ class AppThread:
         self.stop()
 
     def tasks(self) -> list[str]:
-        """Names of the coroutines that are running there."""
+        """Names of the coroutines on its loop."""
         found = []
 
         def look():
@@ -165,7 +182,7 @@ class FakeEngine(AppThread):
         self.reset()
 
     def reset(self) -> None:
-        """As new."""
+        """Forgets every request, and every way to fail."""
         self.sees_alpha, self.healthy, self.text = True, True, None
         self.mode = self.probe_mode = "answer"
         self.modes: list[str] = []
@@ -177,7 +194,7 @@ class FakeEngine(AppThread):
         self._steps = threading.Semaphore(0)
 
     def step(self, count: int = 1) -> None:
-        """Lets so many events go on in the mode "slow"."""
+        """Releases so many events of the mode "slow"."""
         self._steps.release(count)
 
     def parts(self, number: int = -1) -> list[dict]:
@@ -314,17 +331,6 @@ class FakeEngine(AppThread):
                 connection.transport.abort()
 
 
-@contextlib.contextmanager
-def engines(count: int, processor: BackdropProcessor):
-    """So many fake engines."""
-    found = [FakeEngine(processor) for _ in range(count)]
-    with contextlib.ExitStack() as stack:
-        for engine in found:
-            stack.enter_context(engine)
-        stack.callback(lambda: [engine.end() for engine in found if engine._thread])
-        yield found
-
-
 def event(values: dict) -> bytes:
     # As vLLM: not escaped.
     return b"data: " + json.dumps(values, ensure_ascii=False).encode() + b"\n\n"
@@ -360,7 +366,7 @@ def question_of(body: dict) -> str:
 
 
 def red_processor() -> BackdropProcessor:
-    """As the fixture `processor`, for fixtures that live longer than a test."""
+    """The processor of the root's fixture `processor`, for fixtures that live longer than a test."""
     import tiny
     from red_detector import RedDetector
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from running import MODEL, ROOT, start_stack
 
-from backdrop.serving.engine import find_engine_python
+from backdrop.serving.engine_settings import find_engine_python
 
 
 def pytest_collection_modifyitems(items) -> None:

@@ -16,7 +16,7 @@ import psutil
 import yaml
 from paths import EXAMPLE, ROOT
 
-from backdrop.serving.settings import hash_key
+from backdrop.serving.tenants import hash_key
 
 MODEL = EXAMPLE
 BLOCK = 32
@@ -24,7 +24,7 @@ KEYS = {"north": "key-of-north", "south": "key-of-south"}
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that follow each other, as the engines of `backdrop serve` take them."""
+    """Consecutive free ports, as the engines of `backdrop serve` take them."""
     while True:
         with contextlib.ExitStack() as stack:
             first = stack.enter_context(socket.socket())
@@ -49,7 +49,7 @@ class Stack:
         """The server of an engine and everything below it."""
         port = self.engines[number].rsplit(":", 1)[1]
         for child in psutil.Process(self.process.pid).children():
-            with contextlib.suppress(psutil.NoSuchProcess):  # ended while we look
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended in the meantime
                 if f"--port {port}" in " ".join(child.cmdline()):
                     return [child, *child.children(recursive=True)]
         return []
@@ -73,7 +73,7 @@ class Stack:
         raise AssertionError(f"not all replicas came up: {self.states()}\n{self.log.read_text()[-3000:]}")
 
     def changes(self) -> str:
-        """What the gateway's log says of replicas that came and went."""
+        """The lines of the gateway's log about replicas."""
         return "\n".join(line for line in self.log.read_text().splitlines() if "replica" in line)
 
     def metric(self, name: str) -> float:

@@ -148,7 +148,7 @@ def test_ten_thousand_bad_requests(stack):
 
 
 def test_an_idle_connection_outlives_the_clients_own_limit(stack):
-    """httpx gives idle connections up after 5 s: a gateway that did so in the same moment would reset a request."""
+    """httpx closes idle connections after 5 s; a gateway that did so at the same moment would reset a request."""
     host, port = stack.url.removeprefix("http://").split(":")
     connection = HTTPConnection(host, int(port), timeout=30)
     connection.connect()
@@ -171,5 +171,5 @@ def test_a_body_that_is_too_large_is_not_read(stack):
         try:
             answer = httpx.post(f"{stack.url}/v1/chat/completions", content=content, headers=key, timeout=30)
         except (httpx.WriteError, httpx.ReadError, httpx.RemoteProtocolError):
-            continue  # it hung up on us before we had sent everything, which is as good
+            continue  # the gateway closed the connection before all was sent, which is as good
         assert answer.status_code == 413 and "body" in answer.json()["error"]["message"]

@@ -14,7 +14,7 @@ from running import BLOCK, MODEL, ROOT, free_ports
 from backdrop.processing.processing_backdrop import BackdropProcessor
 from backdrop.scenes.world import render_scene
 from backdrop.serving import BackdropClient, FrameSplitter
-from backdrop.serving.engine import EngineSettings
+from backdrop.serving.engine_settings import EngineSettings
 
 pytestmark = pytest.mark.slow
 
@@ -84,7 +84,7 @@ def two_engines(engine_python, tmp_path_factory):
                 )
             running.append(process)
             if name == "server":
-                time.sleep(10)  # engines wait for it, but not for ever
+                time.sleep(10)  # engines wait for it only for a limited time
             else:
                 wait(f"{engines[len(running) - 2].url}/health", process, log)
         yield [engine.url for engine in engines]
@@ -95,12 +95,12 @@ def two_engines(engine_python, tmp_path_factory):
 
 
 def test_a_background_of_one_replica_is_known_to_the_other(two_engines):
-    # The same references on both sides, as one gateway has them.
+    # One splitter for both, as one gateway has: its references are the same for both engines.
     splitter = FrameSplitter(BackdropProcessor.from_pretrained(MODEL), tolerance=0)
     first, second = (BackdropClient(f"{url}/v1", processor=MODEL, tolerance=0) for url in two_engines)
     for client in (first, second):
-        client._settle()
-        client._preparation.splitter = splitter
+        client.connect()
+        client.preparation.splitter = splitter
     question = "What time is the alarm set for?"
     for background in (115_201, 115_202):
         frames = [render_scene("phone", background, frame) for frame in range(1, 5)]
@@ -109,7 +109,7 @@ def test_a_background_of_one_replica_is_known_to_the_other(two_engines):
         answers = []
         for client, scene in asked:
             answers.append(client.ask(scene.image, question))
-            time.sleep(1)  # storing is not waited for
+            time.sleep(1)  # the answer does not wait until its blocks are stored
         assert answers[0].cached_tokens == 0
         assert answers[1].cached_tokens >= 2 * BLOCK  # the other replica never saw this background
         assert [answer.text for answer in answers] == right

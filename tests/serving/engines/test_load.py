@@ -60,7 +60,7 @@ def test_a_killed_replica_costs_cache_not_requests(stack):
 
 
 def test_an_engine_without_its_core_costs_no_requests_either(stack):
-    """The core alone dies, as by the OOM killer: its server answers on, with errors inside a 200."""
+    """Only the core is killed, as the OOM killer does: its server goes on answering, with errors inside a 200."""
 
     def kill():
         time.sleep(5)

@@ -47,7 +47,7 @@ def transformers_tokens(local, messages: list[dict], images: list[Image.Image], 
 
 
 async def served_tokens(url: str, requests: list[list[dict]], processor, at_once: int) -> list[list[int]]:
-    """The engine's greedy tokens, so many requests in work at a time."""
+    """The engine's greedy tokens, so many requests at a time."""
     client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none")
     gate = asyncio.Semaphore(at_once)
 
@@ -126,7 +126,7 @@ def test_the_second_frame_finds_its_background_cached_to_the_block(stack, local)
         cold = client.ask(first.image, first.questions[0].question)
         warm = client.ask(second.image, second.questions[0].question)
         assert cold.cached_tokens < BLOCK * 2  # the start of the template at most
-        split = client._preparation.splitter.split(second.image)
+        split = client.preparation.splitter.split(second.image)
         assert split.reused and len(split.items) == 2
         messages = client.messages(second.image, "?")
         text = processor.apply_chat_template(template_messages(messages), tokenize=False)
@@ -162,6 +162,6 @@ def test_tenants_share_nothing(stack):
     question = "What time is the alarm set for?"
     assert north.ask(first.image, question).cached_tokens < 2 * BLOCK
     assert north.ask(second.image, question).cached_tokens >= 2 * BLOCK, stack.changes()
-    # The very same frames, and nothing of them is there.
+    # The same frames of another tenant: nothing is cached.
     assert south.ask(first.image, question).cached_tokens == 0
     assert south.ask(second.image, question).cached_tokens >= 2 * BLOCK, stack.changes()

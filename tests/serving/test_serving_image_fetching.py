@@ -1,53 +1,15 @@
-"""Images from strangers: nothing is decoded that is too large, nothing is fetched from where it may not be."""
+"""Images by URL: nothing is fetched from where it may not be, and no more than is allowed."""
 
 import asyncio
-import base64
 import gzip
-import random
-import struct
-import tracemalloc
-import zlib
-from io import BytesIO
 
 import httpx
 import pytest
-import tiny
-from PIL import Image, ImageOps
 
-from backdrop.serving.images import (
-    FORMATS,
-    MAX_REDIRECTS,
-    ImageFetcher,
-    decode_data_url,
-    is_public,
-    open_image,
-)
+from backdrop.serving.image_fetching import MAX_REDIRECTS, ImageFetcher, is_public
 from backdrop.serving.problems import ApiError
 
-PIXELS = 10_000
 PUBLIC = "93.184.216.34"
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(width: int, height: int, *more: bytes, rows: bytes = b"") -> bytes:
-    """A PNG that claims a size, whatever follows."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + header
-        + b"".join(more)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
 
 
 def refused(status: int, message: str, function, *arguments) -> ApiError:
@@ -55,193 +17,6 @@ def refused(status: int, message: str, function, *arguments) -> ApiError:
         function(*arguments)
     assert caught.value.status == status and "\n" not in caught.value.message
     return caught.value
-
-
-# ---- data URLs
-
-
-def test_a_data_url_is_decoded():
-    data = bytes(range(256))
-    for size in (0, 1, 2, 3, 4, 255, 256):
-        url = "data:image/png;base64," + base64.b64encode(data[:size]).decode()
-        assert decode_data_url(url, 256) == data[:size]
-        assert decode_data_url(url, max(size, 1)) == data[:size]
-
-
-@pytest.mark.parametrize("size", range(8, 14))
-def test_a_byte_too_many_is_refused_before_it_is_decoded(size):
-    url = "data:image/png;base64," + base64.b64encode(bytes(size)).decode()
-    assert len(decode_data_url(url, size)) == size
-    refused(413, f"an image has {size} bytes; wanted at most {size - 1}", decode_data_url, url, size - 1)
-
-
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [
-        ("data:image/png;base64", "wanted data:image/"),
-        ("data:image/png,AAAA", "wanted data:image/"),
-        ("data:" + "x" * 1000, "begins 'data:x{35}'"),
-        ("data:image/png;base64,AAA", "no base64"),
-        ("data:image/png;base64,AAAA!", "no base64"),
-        ("data:image/png;base64,AA AA", "no base64"),
-        ("data:image/png;base64,\u00e4\u00e4\u00e4\u00e4", "no base64"),
-        ("data:image/png;base64,\ud800AAA", "no base64"),
-    ],
-)
-def test_what_is_no_data_url_is_named(url, message):
-    refused(400, message, decode_data_url, url, 100)
-
-
-# ---- decoding
-
-
-@pytest.mark.parametrize("kind", FORMATS)
-def test_every_format_is_decoded(kind):
-    image = open_image(encoded(tiny.photo(20, 10), kind), PIXELS)
-    assert (image.format, image.size) == (kind, (20, 10))
-    image.getpixel((3, 3))
-
-
-def test_alpha_is_kept():
-    group = Image.new("RGBA", (4, 4), (1, 2, 3, 253))
-    assert open_image(encoded(group), PIXELS).getpixel((0, 0)) == (1, 2, 3, 253)
-
-
-def test_an_image_is_turned_upright():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image = tiny.photo(20, 10)
-    upright = open_image(encoded(image, exif=exif), PIXELS)
-    assert upright.size == (10, 20)
-    assert upright.tobytes() == image.transpose(Image.Transpose.ROTATE_270).tobytes()
-    assert ImageOps.exif_transpose(upright).size == (10, 20)  # once
-
-
-def test_broken_exif_is_named():
-    broken = encoded(tiny.photo(20, 10), exif=b"Exif\0\0XX\0*\0\0\0\x08")
-    refused(400, "a PNG image of [0-9,]+ bytes is damaged: not a TIFF file", open_image, broken, PIXELS)
-
-
-def test_one_pixel_too_many_is_refused():
-    assert open_image(encoded(Image.new("L", (100, 100))), PIXELS).size == (100, 100)
-    refused(
-        413,
-        "an image has 100 x 101 pixels; wanted at most 10,000",
-        open_image,
-        encoded(Image.new("L", (100, 101))),
-        PIXELS,
-    )
-
-
-@pytest.mark.parametrize("side", [60_000, 20_000, 9_000])
-def test_a_bomb_is_refused_by_its_header(side, monkeypatch):
-    bomb = png(side, side, rows=bytes(100_000))
-    assert len(bomb) < 1000
-    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("was decoded"))
-    tracemalloc.start()
-    try:
-        refused(413, "pixels; wanted at most 40,000,000", open_image, bomb, 40_000_000)
-        assert tracemalloc.get_traced_memory()[1] < 2**20
-    finally:
-        tracemalloc.stop()
-
-
-def test_a_jpeg_of_many_scans_is_refused():
-    """Twelve bytes a scan, and each is a pass over the whole image."""
-    buffer = BytesIO()
-    Image.radial_gradient("L").convert("RGB").save(buffer, "JPEG", progressive=True)
-    data = buffer.getvalue()
-    assert 1 < data.count(b"\xff\xda") < 20
-    assert open_image(data, 10**6).size == (256, 256)
-    last = data.rindex(b"\xff\xda")
-    with pytest.raises(ApiError, match="scans; wanted at most 64") as caught:
-        open_image(data[:last] + 100 * data[last:-2] + data[-2:], 10**6)
-    assert caught.value.status == 413
-
-
-def test_a_webp_bomb_is_refused():
-    refused(413, "200 x 200 pixels", open_image, encoded(Image.new("RGB", (200, 200)), "WEBP"), PIXELS)
-    size = struct.pack("<I", 16_382)[:3]
-    data = b"VP8X" + struct.pack("<I", 10) + bytes(4) + size + size
-    data += b"VP8L" + struct.pack("<I", 8) + bytes([0x2F]) + bytes(7)
-    bomb = b"RIFF" + struct.pack("<I", len(data) + 4) + b"WEBP" + data
-    with pytest.raises(ApiError, match="pixels|is none of"):  # as Pillow reads headers, or decodes at once
-        open_image(bomb, 40_000_000)
-
-
-def test_a_text_that_unpacks_to_megabytes_is_refused():
-    text = zlib.compress(bytes(4 * 2**20))
-    bomb = png(8, 8, chunk(b"zTXt", b"k\0\0" + text), rows=bytes(8 * 25))
-    refused(400, "none of|damaged", open_image, bomb, PIXELS)
-
-
-SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="http://169.254.169.254/"/></svg>'
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "an image has 0 bytes"),
-        (b"hello", "an image of 5 bytes is none of PNG, JPEG, WEBP, GIF, BMP"),
-        (SVG, "is none of"),
-        (b"%PDF-1.7\n", "is none of"),
-        (b"\x89PNG\r\n\x1a\n", "is none of"),
-        (encoded(Image.new("L", (4, 4)), "TIFF"), "is none of"),
-        (encoded(Image.new("L", (4, 4)), "ICO"), "is none of"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is none of"),
-        (
-            encoded(tiny.photo(90, 90), "JPEG")[:1200],
-            "a JPEG image of 1,200 bytes is damaged: image file is truncated",
-        ),
-        (encoded(tiny.photo(90, 90), "JPEG")[:300], "an image of 300 bytes is none of"),
-        (encoded(tiny.photo(60, 60), "PNG")[:2000], "a PNG image of 2,000 bytes is damaged"),
-        (png(8, 8, rows=bytes(3)), "is damaged"),
-        (png(0, 8), "is none of|damaged"),
-    ],
-    ids=[
-        "empty",
-        "text",
-        "svg",
-        "pdf",
-        "signature",
-        "tiff",
-        "ico",
-        "eps",
-        "cut jpeg",
-        "cut head",
-        "cut png",
-        "short png",
-        "no width",
-    ],
-)
-def test_what_is_no_image_is_named(data, message):
-    refused(400, message, open_image, data, PIXELS)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", FORMATS)
-def test_damage_is_a_400_or_an_image(kind):
-    options = {"exif": Image.Exif()} if kind in ("PNG", "JPEG", "WEBP") else {}
-    if options:
-        options["exif"][0x0112] = 6
-    whole = encoded(tiny.photo(24, 24), kind, **options)
-    chance = random.Random(0)
-    seen = set()
-    for _ in range(300):
-        data = bytearray(whole)
-        for _ in range(chance.randint(1, 4)):
-            data[chance.randrange(min(len(data), chance.choice([64, 200, 10**6])))] = chance.randrange(256)
-        if chance.random() < 0.3:
-            data = data[: chance.randrange(len(data))]
-        try:
-            ImageOps.exif_transpose(open_image(bytes(data), PIXELS)).convert("RGB")  # as the processor does
-            seen.add(200)
-        except ApiError as problem:
-            seen.add(problem.status)
-    assert {200, 400} <= seen <= {200, 400, 413}
-
-
-# ---- addresses
 
 
 @pytest.mark.parametrize(
@@ -321,9 +96,6 @@ def test_not_public(address):
 )
 def test_public(address):
     assert is_public(address)
-
-
-# ---- fetching
 
 
 class Web:

@@ -1,112 +1,56 @@
-"""Images from strangers: bounded before they are decoded, and fetched from public addresses of allowed hosts only."""
+"""Images by URL: fetched from public addresses of allowed hosts only, and bounded in bytes and time."""
 
 import asyncio
-import base64
-import binascii
 import ipaddress
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from io import BytesIO
 from urllib.parse import quote, urljoin, urlsplit
 
 import httpx
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .problems import ApiError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_REDIRECTS = 3
-# Of a JPEG; encoders write some ten. Each costs a pass over the whole image, and twelve bytes are enough for one.
-MAX_SCANS = 64
-START_OF_SCAN = b"\xff\xda"  # inside a scan's data an 0xff is followed by 0x00
-Resolver = Callable[[str, int], Awaitable[list[str]]]
+Resolver = Callable[[str, int], Awaitable[list[str]]]  # host name and port -> IP addresses
 
-GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all that is given out of IPv6
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
-
-
-def decode_data_url(url: str, max_bytes: int) -> bytes:
-    """The bytes of a base64 data: URL.
-
-    Raises:
-        ApiError: 400, 413.
-    """
-    head, comma, text = url.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise ApiError(
-            400, f"an image's data: URL begins {head[:40]!r}; wanted data:image/...;base64,", "invalid_image"
-        )
-    size = len(text) // 4 * 3 - text[-2:].count("=")
-    if size > max_bytes:
-        raise ApiError(413, f"an image has {size:,} bytes; wanted at most {max_bytes:,}", "image_too_large")
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ApiError(400, f"an image's data: URL is no base64: {error}", "invalid_image") from None
-
-
-def open_image(data: bytes, max_pixels: int) -> Image.Image:
-    """A decoded image, upright, its alpha kept.
-
-    Raises:
-        ApiError: 400 for what is no image or a damaged one, 413 for too many pixels.
-    """
-    if not data:
-        raise ApiError(400, "an image has 0 bytes", "invalid_image")
-    try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError:
-        raise ApiError(
-            413, f"an image has too many pixels; wanted at most {max_pixels:,}", "image_too_large"
-        ) from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
-        raise ApiError(
-            400, f"an image of {len(data):,} bytes is none of {', '.join(FORMATS)}", "invalid_image"
-        ) from None
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ApiError(
-            413, f"an image has {width} x {height} pixels; wanted at most {max_pixels:,}", "image_too_large"
-        )
-    if image.format == "JPEG" and data.count(START_OF_SCAN) > MAX_SCANS:
-        raise ApiError(
-            413,
-            f"an image has {data.count(START_OF_SCAN):,} scans; wanted at most {MAX_SCANS}",
-            "image_too_large",
-        )
-    try:
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-    except Exception as error:  # decoders, and readers of EXIF, raise of everything
-        raise ApiError(
-            400, f"a {image.format} image of {len(data):,} bytes is damaged: {error}", "invalid_image"
-        ) from None
-    return image
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all IPv6 addresses that are assigned to anybody
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # holds an IPv4 address in its last 32 bits
 
 
 @dataclass
 class Budget:
-    """Bytes that may still come."""
+    """Bytes that the images of one request may still have, together.
+
+    Attributes:
+        left: how many.
+    """
 
     left: int
 
-    def take(self, size: int) -> None:
-        """Raises `ApiError` 413."""
+    def spend(self, size: int) -> None:
+        """Takes bytes off.
+
+        Raises:
+            ApiError: 413, there are not as many left.
+        """
         self.left -= size
         if self.left < 0:
             raise ApiError(413, "the request's images are too large together", "image_too_large")
 
 
 class ImageFetcher:
-    """Fetches images over HTTP from allowed hosts; a name that leads to a private address is refused.
+    """Fetches images over HTTP(S) from allowed hosts; a host name that leads to a private address is refused.
 
-    Every hop of a redirect is checked, and the connection goes to the very address that was checked.
+    Every hop of a redirect is checked, and the connection goes to the very address that was checked, so that a second
+    answer of the DNS cannot lead elsewhere.
 
     Args:
-        hosts: "example.org" or "*.example.org"; none: every URL is refused.
-        resolver: name and port -> addresses; None: the system's.
-        transport: of httpx, for tests.
+        hosts: "example.org" or "*.example.org"; empty: every URL is refused.
+        seconds: longest time for one image, redirects included.
+        max_bytes: of one image.
+        resolver: replaces the system's; for tests.
+        transport: of httpx, replaces the network; for tests.
     """
 
     def __init__(
@@ -119,20 +63,25 @@ class ImageFetcher:
     ):
         self.hosts, self.seconds, self.max_bytes = [host.lower() for host in hosts], seconds, max_bytes
         self._resolve = resolver or _system_addresses
-        # No connection is kept: it would be found again by its address, where TLS was checked for another name.
+        # Connections are not kept alive: httpx would reuse one for another host name at the same address, for which TLS
+        # was never checked.
         self._client = httpx.AsyncClient(
             follow_redirects=False,
             trust_env=False,
             transport=transport,
-            timeout=None,  # `fetch` has one for everything
+            timeout=None,  # `fetch` bounds the time of everything together
             limits=httpx.Limits(max_keepalive_connections=0),
         )
 
     async def fetch(self, url: str, budget: Budget | None = None) -> bytes:
-        """The body of a URL; `budget` is shared with others.
+        """The encoded image at a URL.
+
+        Args:
+            url: http: or https:.
+            budget: shared by the images of a request; None: `max_bytes`.
 
         Raises:
-            ApiError: 400 for what may not be fetched or is not there, 413, 504.
+            ApiError: 400, the URL may not be fetched, or nothing is there; 413, too many bytes; 504, too slow.
         """
         try:
             return await asyncio.wait_for(self._fetch(url, budget or Budget(self.max_bytes)), self.seconds)
@@ -158,7 +107,7 @@ class ImageFetcher:
         raise ApiError(400, f"an image's URL redirects more than {MAX_REDIRECTS} times", "image_not_fetched")
 
     async def _get(self, request: httpx.Request, host: str, budget: Budget) -> bytes | str:
-        """The body, or where a redirect leads."""
+        """The body, or the location that a redirect names."""
         response = await self._client.send(request, stream=True)
         try:
             if response.has_redirect_location:
@@ -173,11 +122,11 @@ class ImageFetcher:
 
     async def _bounded(self, response: httpx.Response, budget: Budget) -> bytes:
         parts, size = [], 0
-        async for part in response.aiter_raw():  # as it came: a few bytes of gzip unpack to anything
+        async for part in response.aiter_raw():  # not decompressed: a few bytes of gzip unpack to any size
             size += len(part)
             if size > self.max_bytes:
                 raise ApiError(413, f"an image has more than {self.max_bytes:,} bytes", "image_too_large")
-            budget.take(len(part))
+            budget.spend(len(part))
             parts.append(part)
         return b"".join(parts)
 
@@ -197,7 +146,7 @@ class ImageFetcher:
             )
         if parts.username is not None or parts.password is not None:
             raise ApiError(400, "an image's URL carries a user name; wanted none", "url_refused")
-        # An international name's ASCII form is allowed, and asked for, instead.
+        # International names must be given in their ASCII form, here and in the settings.
         if not host.isascii() or not any(
             host == known or (known.startswith("*.") and host.endswith(known[1:])) for known in self.hosts
         ):
@@ -210,7 +159,7 @@ class ImageFetcher:
             raise ApiError(400, f"an image's URL names port {port}; wanted {default}", "url_refused")
         try:
             addresses = await self._resolve(host, default)
-        except (OSError, UnicodeError):  # a name that no DNS can have, too
+        except (OSError, UnicodeError):  # UnicodeError: a label that is too long for any DNS
             raise ApiError(400, f"the image's host {host!r} has no address", "image_not_fetched") from None
         if not addresses or not all(map(is_public, addresses)):
             raise ApiError(
@@ -230,26 +179,28 @@ class ImageFetcher:
             "GET",
             target,
             headers={"Host": host, "Accept": "image/*", "Accept-Encoding": "identity"},
-            # TLS is checked against the name, not the address.
+            # The server's certificate is checked against the name, not the address.
             extensions={"sni_hostname": host},
         )
 
     async def aclose(self) -> None:
-        """Closes the connections."""
+        """Closes the client; nothing can be fetched afterwards."""
         await self._client.aclose()
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public Internet's."""
+    """Whether an IP address, as text, belongs to the public Internet; False for what is no IP address.
+
+    An IPv6 address that carries an IPv4 address (6to4, Teredo, NAT64) is public where both are.
+    """
     try:
         ip = ipaddress.ip_address(address.split("%")[0])
     except ValueError:
         return False
     embedded = [ip]
     if ip.version == 6:
-        if (
-            ip not in GLOBAL_UNICAST and ip not in NAT64
-        ):  # mapped and site-local ones; not all are known to Python
+        # IPv4-mapped and site-local addresses, for example: Python does not call all of them private.
+        if ip not in GLOBAL_UNICAST and ip not in NAT64:
             return False
         embedded += [part for part in (ip.sixtofour, *(ip.teredo or ())) if part is not None]
         if ip in NAT64:

@@ -1,0 +1,182 @@
+"""The gateway as a whole: an ordinary request, its routes, metrics, starting and stopping."""
+
+import asyncio
+
+import httpx
+import numpy as np
+import pytest
+from fake_engine import group_of, image_parts, red_scene, wait_until
+from paths import EXAMPLE
+from running_gateway import (
+    asked,
+    question,
+    refused,
+    streamed_text,
+)
+
+from backdrop.processing.patch_groups_backdrop import BACKGROUND
+from backdrop.serving import BackdropClient
+from backdrop.serving import gateway as gateway_module
+from backdrop.serving.client import GATEWAY_MARK
+from backdrop.serving.gateway import Gateway
+from backdrop.serving.settings import make_settings
+from backdrop.serving.tenants import Tenants
+
+
+def test_an_ordinary_request_becomes_groups(serve, engines, processor):
+    engines[1].stop()
+    gateway = serve(secret="secret")
+    answer = gateway.ask(
+        red_scene(14, 28), text="what is shown?", model="backdrop", max_tokens=9, temperature=0.5, seed=3
+    )
+    (body,) = engines[0].requests
+    mark = Tenants(gateway.gateway.settings).cache_salt("default")
+    background, objects = (group_of(part, processor) for part in engines[0].parts())
+    assert np.flatnonzero(objects.patch_mask).tolist() == [9]
+    assert np.array_equal(background.pixels + objects.pixels, np.asarray(red_scene(14, 28)))
+    assert body["cache_salt"] == mark and len(mark) == 32
+    assert all(part["uuid"].startswith(f"{mark}-") and len(part["uuid"]) == 73 for part in engines[0].parts())
+    assert (body["model"], body["max_tokens"], body["temperature"], body["seed"]) == ("backdrop", 9, 0.5, 3)
+    assert answer.status_code == 200 and len(answer.headers["x-request-id"]) == 32
+    assert (
+        answer.json()["choices"][0]["message"]["content"]
+        == f"{engines[0].parts()[0]['uuid']} | what is shown?"
+    )
+    # The processor itself counts as many tokens.
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is shown?"}]}],
+        add_generation_prompt=True,
+    )
+    inputs = processor(text=text, images=[red_scene(14, 28)], add_special_tokens=False)
+    assert answer.json()["usage"]["prompt_tokens"] == len(inputs["input_ids"][0])
+
+
+def test_a_known_background_is_sent_as_the_reference(gateway, engines, processor):
+    for x, shade in ((0, 90), (28, 92)):
+        gateway.text(red_scene(x, 0, shade))
+    first, second = asked(*engines)
+    parts = image_parts(first["messages"])[0], image_parts(second["messages"])[0]
+    assert parts[0] == parts[1] and group_of(parts[1], processor).pixels[-1, -1, 0] == 90
+
+
+def test_split_off_sends_whole_images(serve, engines, processor):
+    engines[1].stop()
+    gateway = serve(split=False)
+    for shade in (90, 92):
+        gateway.text(red_scene(14, 14, shade))
+    for body, shade in zip(engines[0].requests, (90, 92), strict=True):
+        (part,) = image_parts(body["messages"])
+        group = group_of(part, processor)
+        assert group.kind == BACKGROUND and group.patch_mask.all()
+        assert np.array_equal(group.pixels, np.asarray(red_scene(14, 14, shade)))
+
+
+def test_the_model_is_marked_and_the_client_leaves_the_splitting(gateway, engines):
+    (model,) = gateway.client.get(f"{gateway.url}/v1/models").json()["data"]
+    assert model["id"] == "backdrop" and model[GATEWAY_MARK] is True
+    with BackdropClient(f"{gateway.url}/v1") as client:
+        answer = client.ask(red_scene(14, 14), "what?")
+        streamed = "".join(client.stream(red_scene(28, 28), "what?"))
+    first, second = asked(*engines)
+    uuids = [image_parts(body["messages"])[0]["uuid"] for body in (first, second)]
+    assert answer.text == streamed == f"{uuids[0]} | what?" and uuids[0] == uuids[1]
+
+
+def test_other_paths_and_methods(gateway):
+    for method, path, status in (
+        ("GET", "/", 404),
+        ("POST", "/v1/completions", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("POST", "/v1/models", 405),
+    ):
+        answer = gateway.client.request(method, gateway.url + path)
+        assert refused(answer, status, f"{method} {path} is not served")["code"] == "not_found"
+
+
+def test_metrics_count_what_happened(gateway, engines):
+    gateway.text(red_scene(0, 0))
+    gateway.text(red_scene(14, 14))
+    gateway.ask(model="gpt")
+    metric = gateway.metric
+    assert (metric("requests_total", status="200"), metric("requests_total", status="404")) == (2, 1)
+    assert (metric("images_total", background="new"), metric("images_total", background="known")) == (1, 1)
+    assert (metric("patches_total", kind="reused"), metric("patches_total", kind="fresh")) == (14, 18)
+    assert (
+        metric("prompt_tokens_total", kind="cached") == 15
+        and metric("prompt_tokens_total", kind="computed") > 15
+    )
+    assert metric("first_token_seconds_count") == metric("split_seconds_count") == 2
+    assert metric("requests_in_flight") == 0 and metric("retries_total") == 0
+    shown = gateway.client.get(f"{gateway.url}/metrics")
+    assert shown.headers["content-type"].startswith("text/plain")
+    for engine in engines:
+        assert f'backdrop_replica_up{{replica="{engine.url}"}} 1.0' in shown.text
+
+
+def test_a_failure_of_the_gateways_own_is_logged_and_releases_the_slot(serve, caplog, monkeypatch):
+    gateway = serve(limits={"concurrent": 1})
+
+    def broken(*arguments):
+        raise KeyError("secret detail")
+
+    monkeypatch.setattr(gateway_module, "engine_request", broken)
+    for _ in range(2):
+        answer = gateway.ask(red_scene())
+        error = refused(answer, 500, f"its log names request {answer.headers['x-request-id']}")
+        assert "secret" not in error["message"]
+        assert f"request {answer.headers['x-request-id']}" in caplog.text
+    monkeypatch.undo()
+    assert gateway.ask(red_scene()).status_code == 200
+
+
+def test_stopping_finishes_a_running_stream(serve, engines):
+    for engine in engines:
+        engine.mode = "slow"
+        engine.step()
+    gateway = serve()
+    body = question(red_scene(), stream=True)
+    with gateway.client.stream("POST", f"{gateway.url}/v1/chat/completions", json=body) as answer:
+        pieces = answer.iter_raw()
+        data = next(pieces)
+        gateway.end()
+        wait_until(lambda: not gateway.server.servers[0].is_serving())
+        with pytest.raises(httpx.ConnectError), httpx.Client(trust_env=False, verify=False) as late:
+            late.get(f"{gateway.url}/health")
+        for engine in engines:
+            engine.step(100)
+        data += b"".join(pieces)
+    assert streamed_text(data).endswith("| q")
+    gateway.stop()
+    assert gateway.gateway.client.is_closed
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        gateway.gateway.workers.submit(int)
+
+
+def test_the_processor_comes_from_where_the_engine_says(engines, processor):
+    engines[0].processor = processor
+    engines[0].root = str(EXAMPLE)
+    try:
+        gateway = Gateway(make_settings(replicas=["http://127.0.0.1:9", engines[0].url]))
+
+        async def main():
+            async with gateway.lifespan():
+                return gateway.processor.image_processor.crop_size[
+                    "height"
+                ], gateway.splitter.processor.loaded_detector
+
+        side, detector = asyncio.run(main())
+        assert side == 168 and detector is not None
+    finally:
+        engines[0].root = "nowhere"
+
+
+def test_without_a_processor_the_gateway_does_not_start():
+    gateway = Gateway(make_settings(replicas=["http://127.0.0.1:9"]))
+
+    async def main():
+        with pytest.raises(ValueError, match="no replica says where its model is; set `processor`"):
+            async with gateway.lifespan():
+                pytest.fail("started")
+        return len(asyncio.all_tasks()) - 1
+
+    assert asyncio.run(main()) == 0 and gateway.client.is_closed
