@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from backdrop.modeling import background_folder_backdrop as module
+from backdrop.modeling import folder_entry_backdrop, folder_files_backdrop, folder_speed_backdrop
 from backdrop.modeling.background_folder_backdrop import BackgroundFolder
 
 MIB = 2**20
@@ -70,7 +71,7 @@ def file_size(num_bytes: int) -> int:
 def test_all_dtypes_come_back_bit_for_bit_in_a_new_object(tmp_path):
     torch.manual_seed(1)
     noise = torch.randn(3, 5)
-    tensors = [noise.to(dtype) for dtype in module.DTYPE_NAMES]
+    tensors = [noise.to(dtype) for dtype in folder_entry_backdrop.DTYPE_NAMES]
     tensors += [
         torch.tensor(True),
         torch.tensor(2.5, dtype=torch.bfloat16),
@@ -122,7 +123,7 @@ def test_a_value_that_was_checked_does_not_change_with_its_file(tmp_path):
 def test_a_put_of_what_is_there_writes_nothing(tmp_path, monkeypatch):
     folder = BackgroundFolder(tmp_path, MIB)
     assert folder.put("tokens", key_of(1), value_of(1), 1)
-    monkeypatch.setattr(module.os, "replace", None)
+    monkeypatch.setattr(os, "replace", None)
     assert folder.put("tokens", key_of(1), value_of(1), 1) and folder.put_soon(
         "tokens", key_of(1), value_of(1), 1
     )
@@ -198,9 +199,7 @@ def test_room_is_made_before_writing(tmp_path, monkeypatch):
     folder = BackgroundFolder(tmp_path, 2 * file_size(1000))
     seen = []
     replace = os.replace
-    monkeypatch.setattr(
-        module.os, "replace", lambda *paths: (seen.append(bytes_in(tmp_path)), replace(*paths))
-    )
+    monkeypatch.setattr(os, "replace", lambda *paths: (seen.append(bytes_in(tmp_path)), replace(*paths)))
     for number in range(4):
         assert folder.put("tokens", key_of(number), value_of(number), 0.5)
     assert seen == [file_size(1000)] + 3 * [2 * file_size(1000)]
@@ -332,10 +331,10 @@ def test_headers_that_lie_are_refused(entry):
 
 def test_an_entry_under_another_name_is_refused(entry):
     folder, path, content, _ = entry
-    other = folder._path("prefix", key_of(8))
+    other = folder.path_of("prefix", key_of(8))
     for target, name in (
         (other, ("prefix", key_of(8))),
-        (folder._path("tokens", key_of(7)), ("tokens", key_of(7))),
+        (folder.path_of("tokens", key_of(7)), ("tokens", key_of(7))),
     ):
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(content)
@@ -345,7 +344,7 @@ def test_an_entry_under_another_name_is_refused(entry):
 
 def test_a_file_beyond_the_budget_is_not_read(entry, monkeypatch):
     folder, path, content, _ = entry
-    monkeypatch.setattr(module.json, "loads", None)
+    monkeypatch.setattr(json, "loads", None)
     small = BackgroundFolder(folder.folder, len(content) - 1)
     assert "wanted at most the budget's" in small.verify()[0]
 
@@ -389,9 +388,9 @@ def test_a_shortage_in_the_process_drops_no_entry(entry, monkeypatch, where):
 
     with monkeypatch.context() as patch:
         if where == "memory":
-            patch.setattr(module.torch, "empty", fail)
+            patch.setattr(torch, "empty", fail)
         else:
-            patch.setattr(module, "open", fail, raising=False)
+            patch.setattr(folder_entry_backdrop, "open", fail, raising=False)
         assert folder.get("prefix", key_of(7)) is None
     assert folder.stats()["corrupt"] == 0 and bits(folder.get("prefix", key_of(7)).tensors) == value
 
@@ -432,9 +431,9 @@ def test_a_full_disk_costs_the_entry_and_leaves_nothing(tmp_path, monkeypatch, w
 
     with monkeypatch.context() as patch:
         if where in ("open", "write"):
-            patch.setattr(module, "open", opened, raising=False)
+            patch.setattr(folder_files_backdrop, "open", opened, raising=False)
         else:
-            patch.setattr(module.os, where, fail)
+            patch.setattr(os, where, fail)
         assert not folder.put("tokens", key_of(2), value_of(2), 1)
         assert folder.put_soon("tokens", key_of(3), value_of(3), 1) and folder.flush(10)
         assert folder.get("tokens", key_of(3)) is None
@@ -453,9 +452,9 @@ def test_a_read_only_folder_is_read_and_reported_once(tmp_path, monkeypatch, cap
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     for name in ("utime", "replace", "unlink"):
-        monkeypatch.setattr(module.os, name, refuse)
-    monkeypatch.setattr(module.os, "access", lambda *args: False)
-    monkeypatch.setattr(module, "FileLock", refuse)
+        monkeypatch.setattr(os, name, refuse)
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    monkeypatch.setattr(folder_files_backdrop, "FileLock", refuse)
     for _ in range(2):
         folder = BackgroundFolder(tmp_path, MIB)
     assert sum("backgrounds are only read there" in record.message for record in caplog.records) == 1
@@ -485,8 +484,8 @@ def test_a_folder_that_cannot_be_made_is_an_empty_one(tmp_path, caplog):
 
 
 def test_a_folder_removed_meanwhile_is_made_again(tmp_path):
-    folder = BackgroundFolder(tmp_path / "memo", MIB)
-    folder._root.rmdir()
+    folder = BackgroundFolder(tmp_path / "cache", MIB)
+    folder.files.root.rmdir()
     assert folder.get("tokens", key_of(1)) is None and folder.stats()["entries"] == 0
     assert folder.put("tokens", key_of(1), value_of(1), 1) and folder.get("tokens", key_of(1)) is not None
 
@@ -496,7 +495,7 @@ def test_files_that_vanish_under_the_scan_are_no_error(tmp_path, monkeypatch):
     folder = BackgroundFolder(tmp_path, 2 * file_size(1000))
     for number in range(2):
         folder.put("tokens", key_of(number), value_of(number), 0.5)
-    scan = folder._scan
+    scan = folder.files.scan
 
     def stale():
         entries, temporaries = scan()
@@ -504,7 +503,7 @@ def test_files_that_vanish_under_the_scan_are_no_error(tmp_path, monkeypatch):
             file.path.unlink()
         return entries, temporaries
 
-    monkeypatch.setattr(folder, "_scan", stale)
+    monkeypatch.setattr(folder.files, "scan", stale)
     assert folder.put("tokens", key_of(3), value_of(3), 0.5)
     assert len(folder.verify()) == 0
 
@@ -536,14 +535,14 @@ def gate(monkeypatch):
         assert opened.wait(10)
         replace(*paths)
 
-    monkeypatch.setattr(module.os, "replace", wait)
+    monkeypatch.setattr(os, "replace", wait)
     yield opened
     opened.set()
 
 
 def test_put_soon_writes_within_its_bound(tmp_path, gate):
     folder = BackgroundFolder(tmp_path, MIB)
-    folder.max_pending_bytes = 2 * file_size(1000)
+    folder.writer.max_pending_bytes = 2 * file_size(1000)
     assert folder.put_soon("tokens", key_of(1), value_of(1), 0.5)
     assert gate.reached.wait(10)
     assert folder.put_soon("tokens", key_of(2), value_of(2), 0.5)
@@ -562,22 +561,24 @@ def test_put_soon_writes_within_its_bound(tmp_path, gate):
 
 
 def test_the_default_bound_is_never_more_than_the_budget(tmp_path):
-    assert BackgroundFolder(tmp_path, 1000).max_pending_bytes == 1000
-    assert BackgroundFolder(tmp_path, 2**40).max_pending_bytes == 256 * MIB
+    assert BackgroundFolder(tmp_path, 1000).writer.max_pending_bytes == 1000
+    assert BackgroundFolder(tmp_path, 2**40).writer.max_pending_bytes == 256 * MIB
 
 
-@pytest.mark.parametrize("stage", ["_encode", "_write_through"])
-def test_clear_reaches_writes_that_wait_and_one_under_way(tmp_path, monkeypatch, stage):
+@pytest.mark.parametrize(
+    ("where", "stage"), [(module, "encode_entry"), (folder_files_backdrop, "write_through")]
+)
+def test_clear_reaches_writes_that_wait_and_one_under_way(tmp_path, monkeypatch, where, stage):
     """One under way may hold the lock already, or not yet."""
     folder = BackgroundFolder(tmp_path, MIB)
-    original, gate, reached = getattr(module, stage), threading.Event(), threading.Event()
+    original, gate, reached = getattr(where, stage), threading.Event(), threading.Event()
 
     def wait(*arguments):
         reached.set()
         assert gate.wait(10)
         return original(*arguments)
 
-    monkeypatch.setattr(module, stage, wait)
+    monkeypatch.setattr(where, stage, wait)
     for number in range(3):
         assert folder.put_soon("tokens", key_of(number), value_of(number), 1)
     assert reached.wait(10)
@@ -595,7 +596,7 @@ def test_clear_reaches_writes_that_wait_and_one_under_way(tmp_path, monkeypatch,
 def test_an_error_nobody_thought_of_does_not_stop_the_writer(tmp_path, monkeypatch):
     folder = BackgroundFolder(tmp_path, MIB)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_encode", None)
+        patch.setattr(module, "encode_entry", None)
         assert folder.put_soon("tokens", key_of(1), value_of(1), 1) and folder.flush(10)
     assert folder.stats()["write_failures"] == 1
     assert folder.put_soon("tokens", key_of(1), value_of(1), 1) and folder.flush(10)
@@ -659,8 +660,8 @@ def test_a_forked_child_does_not_wait_for_its_parents_threads(tmp_path, gate):
     folder = BackgroundFolder(tmp_path, MIB)
     gate.set()
     value = value_of(1)
-    with folder._exclusive_thread, folder._state:
-        folder._pending_bytes = 1
+    with folder.files.thread_lock, folder.writer.state:
+        folder.writer.pending_bytes = 1
         child = os.fork()
         if child == 0:
             code = 1
@@ -669,18 +670,19 @@ def test_a_forked_child_does_not_wait_for_its_parents_threads(tmp_path, gate):
                 code = 0 if folder.flush(0) and folder.put("tokens", key_of(1), value, 1) else 2
             finally:
                 os._exit(code)
-        folder._pending_bytes = 0
+        folder.writer.pending_bytes = 0
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert folder.get("tokens", key_of(1)) is not None
 
 
-# Loads the file alone: the package would import transformers' models.
+# Loads the file and its siblings without their package, which would import transformers' models.
 PREAMBLE = """
-import importlib.util, os, random, sys, time
-spec = importlib.util.spec_from_file_location("folder_module", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-sys.modules["folder_module"] = module
-spec.loader.exec_module(module)
+import importlib, os, random, sys, time, types
+from pathlib import Path
+package = types.ModuleType("package")
+package.__path__ = [str(Path(sys.argv[1]).parent)]
+sys.modules["package"] = package
+module = importlib.import_module("package." + Path(sys.argv[1]).stem)
 import torch
 """
 
@@ -696,7 +698,7 @@ def replace(*paths):
     print("ready", flush=True)
     time.sleep(60)
 folder = module.BackgroundFolder(sys.argv[2], 2**20)
-module.os.replace = replace
+os.replace = replace
 folder.put("tokens", bytes([2]) * 20, (torch.ones(1000),), 1)
 """
 
@@ -707,7 +709,7 @@ def test_a_writer_that_hangs_holds_nobody_and_one_that_is_killed_leaves_nothing(
     writer = start(HANG, tmp_path)
     try:
         assert writer.stdout.readline() == "ready\n"
-        monkeypatch.setattr(module, "LOCK_TIMEOUT", 0.2)
+        monkeypatch.setattr(folder_files_backdrop, "LOCK_TIMEOUT", 0.2)
         began = time.monotonic()
         assert not folder.put("tokens", key_of(3), value_of(3), 1)
         assert 0.2 <= time.monotonic() - began < 2
@@ -797,9 +799,11 @@ def test_the_speed_is_measured_once_per_machine(tmp_path, monkeypatch):
     folder = BackgroundFolder(tmp_path, budget)
     folder.put("tokens", key_of(1), value_of(1), 1)
     largest = []
-    read_entry = module._read_entry
+    read_entry = folder_speed_backdrop.read_entry
     monkeypatch.setattr(
-        module, "_read_entry", lambda *args: (largest.append(bytes_in(tmp_path)), read_entry(*args))[1]
+        folder_speed_backdrop,
+        "read_entry",
+        lambda *args: (largest.append(bytes_in(tmp_path)), read_entry(*args))[1],
     )
     state = torch.get_rng_state()
     one, two = folder.seconds_to_load(MIB), folder.seconds_to_load(100 * MIB)
@@ -812,7 +816,7 @@ def test_the_speed_is_measured_once_per_machine(tmp_path, monkeypatch):
     assert len(largest) == 2
     folder.clear()  # the machine stays what it is
     assert BackgroundFolder(tmp_path, budget).seconds_to_load(MIB) == one and len(largest) == 2
-    monkeypatch.setattr(module.platform, "node", lambda: "another")
+    monkeypatch.setattr(folder_speed_backdrop.platform, "node", lambda: "another")
     assert BackgroundFolder(tmp_path, budget).seconds_to_load(MIB) > 0 and len(largest) == 4
     for machine in tmp_path.glob("v1/machine-*.json"):
         machine.write_text('{"bytes_per_second": 0, "latency_s": 1}')
@@ -829,5 +833,5 @@ def test_a_folder_without_room_evicts_nothing_to_measure(tmp_path):
 
 def test_a_disk_that_lies_gives_a_guess(tmp_path, monkeypatch):
     folder = BackgroundFolder(tmp_path, MIB)
-    monkeypatch.setattr(module, "_checksum", lambda *args: str(time.perf_counter_ns()))
+    monkeypatch.setattr(folder_entry_backdrop, "checksum_of", lambda *args: str(time.perf_counter_ns()))
     assert folder.seconds_to_load(1000) > 0 and not files_in(tmp_path)

@@ -14,8 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from red_square import scene
 
 import backdrop.modeling.background_cache_backdrop as cache_module
-from backdrop.modeling.background_cache_backdrop import BackgroundCache, weights_digest, weights_fingerprint
+from backdrop.modeling.background_cache_backdrop import BackgroundCache
 from backdrop.modeling.background_folder_backdrop import BackgroundFolder
+from backdrop.modeling.weights_key_backdrop import weights_digest, weights_fingerprint
 
 
 def inputs_of(layout, seed: int = 0, texts=None, kinds=None) -> dict:
@@ -261,7 +262,7 @@ def test_a_prefill_gives_its_entries_up():
     model.enable_background_cache(10**7)
 
     def pinned():
-        return sum(entry.pins for entry in model.background_cache._device.entries.values())
+        return sum(entry.pins for entry in model.background_cache.device_tier.entries.values())
 
     generate(model, inputs)
     assert pinned() == 0
@@ -399,7 +400,7 @@ def test_no_memory_while_storing_and_the_answer_still_comes(monkeypatch, error):
     def fails(tensor):
         raise error
 
-    monkeypatch.setattr(cache_module, "_compact", fails)
+    monkeypatch.setattr(cache_module, "compact", fails)
     assert torch.equal(generate(model, inputs), expected)
     stats = model.background_cache.stats()
     assert stats["entries"] == 0 and stats["out_of_memory"] == 2
@@ -530,7 +531,7 @@ class TieredCacheMachine(RuleBasedStateMachine):
         stats = self.cache.stats()
         for name, tier in stats["tiers"].items():
             assert tier["bytes"] <= tier["max_bytes"], name
-        for tier in (self.cache._device, self.cache._host):
+        for tier in (self.cache.device_tier, self.cache.host_tier):
             assert tier.num_bytes == sum(
                 t.numel() * t.element_size() for e in tier.entries.values() for t in e.tensors
             )

@@ -12,7 +12,8 @@ from PIL import Image
 from red_square import scene
 from test_model import batch
 
-from backdrop.modeling.background_cache_backdrop import BackgroundCache, weights_fingerprint
+from backdrop.modeling.background_cache_backdrop import BackgroundCache
+from backdrop.modeling.weights_key_backdrop import weights_fingerprint
 from backdrop.processing.background_matching_backdrop import BackgroundMatcher
 from backdrop.processing.patch_groups_backdrop import BACKGROUND, OBJECT, patch_staleness, pixel_mask
 
@@ -180,13 +181,13 @@ def test_the_byte_budget_holds_and_the_oldest_goes_first(steps, budget):
         cache.put("tokens", key, (value,))
         model[key] = value
         assert cache.stats()["bytes"] <= budget
-        stored = sum(t.numel() * 4 for v in cache._device.entries.values() for t in v.tensors)
+        stored = sum(t.numel() * 4 for v in cache.device_tier.entries.values() for t in v.tensors)
         assert stored == cache.stats()["bytes"]
         for known, expected in model.items():
-            found = cache._device.entries.get(("tokens", known))
+            found = cache.device_tier.entries.get(("tokens", known))
             assert found is None or torch.equal(found.tensors[0], expected)
         if size * 4 <= budget:
-            assert ("tokens", key) in cache._device.entries
+            assert ("tokens", key) in cache.device_tier.entries
     cache.clear()
     assert cache.stats()["entries"] == 0 == cache.stats()["bytes"]
 
@@ -404,7 +405,7 @@ def test_stored_values_are_never_written():
     generate(model, inputs)
     kept = {
         key: [t.clone() for t in value.tensors]
-        for key, value in model.background_cache._device.entries.items()
+        for key, value in model.background_cache.device_tier.entries.items()
     }
     for options in (
         {},
@@ -421,7 +422,7 @@ def test_stored_values_are_never_written():
     for key, tensors in kept.items():
         assert all(
             torch.equal(a, b)
-            for a, b in zip(tensors, model.background_cache._device.entries[key].tensors, strict=True)
+            for a, b in zip(tensors, model.background_cache.device_tier.entries[key].tensors, strict=True)
         )
 
 
