@@ -218,7 +218,7 @@ class BackgroundFolder:
                 held, _ = self.files.evict(size, self.max_bytes)
                 if held + size > self.max_bytes:
                     raise OSError(errno.ENOSPC, f"{held} bytes cannot be removed")
-                self.files.place(path, parts)
+                self.files.write(path, parts)
         except (OSError, RuntimeError, MemoryError, ValueError) as error:
             self._count_failure(error)
             return False

@@ -1,4 +1,4 @@
-"""The files of a background folder: listed, put in place in one step, evicted by last use, locked between processes.
+"""The files of a background folder: listed, written in one step, evicted by last use, locked between processes.
 
 The time of a file's last modification says when it was used last. Readers take no lock: a file appears by a rename, and
 is complete from then on.
@@ -117,8 +117,8 @@ class FolderFiles:
             return os.path.exists(path)
         return True
 
-    def place(self, path: Path, parts: Iterable) -> None:
-        """Puts a file of these buffers in place in one step. On failure nothing is left.
+    def write(self, path: Path, parts: Iterable) -> None:
+        """Writes a file of these buffers: it appears in one step, complete, or nothing is left of it.
 
         Raises:
             OSError: it cannot be written.

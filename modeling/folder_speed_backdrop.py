@@ -73,7 +73,7 @@ class FolderSpeed:
                         speed = self._measure()
                         content = {"bytes_per_second": speed.bytes_per_second, "latency_s": speed.latency}
                         with contextlib.suppress(OSError):
-                            self._files.place(path, [json.dumps(content).encode()])
+                            self._files.write(path, [json.dumps(content).encode()])
             return speed
         except (OSError, RuntimeError, MemoryError) as error:
             logger.warning_once(f"{root.parent}: the speed of loads is a guess ({one_line(error)}).")
