@@ -391,26 +391,31 @@ def host_breakdown(run: GpuRun) -> None:
     result = run.results.setdefault("breakdown", {})
     for shape_name in dict.fromkeys(("host-7b" if run.shape != "tiny" else "tiny", run.shape)):
         bench = build_bench(shape_name, run.device, run.dtype)
-        shape = ttft.SHAPES[shape_name]
-        background = ttft.background_image(*shape.source, seed=0)
-        empty = ttft.Frame(background, np.zeros(shape.grid**2, dtype=bool), None)
-        rng = np.random.default_rng(1)
         for wait in (True, False) if torch.cuda.is_available() else (False,):
-            rows = {}
-            for mode in ("llava", "cold", "tokens+prefix"):
-                contender = bench.contenders[mode]
-                if mode == "tokens+prefix":
-                    contender.store([empty])
-
-                def call(contender=contender) -> float:
-                    return contender.first_token([ttft.draw_frame(background, shape, 0.15, rng)])[0]
-
-                call(), call()
-                rows[mode] = breakdown(call, 9, wait)
-            result[f"{shape_name}, {'waiting at each stage' if wait else 'host time'}"] = rows
+            title = f"{shape_name}, {'waiting at each stage' if wait else 'host time'}"
+            result[title] = mode_breakdowns(bench, wait)
             run.write()
         del bench
         _free()
+
+
+def mode_breakdowns(bench: ttft.Bench, wait: bool, fresh_share: float = 0.15) -> dict[str, dict[str, float]]:
+    """Milliseconds of each stage for LLaVA, cold and reused, batch 1, a new frame each time."""
+    shape = ttft.SHAPES[bench.shape_name]
+    background = ttft.background_image(*shape.source, seed=0)
+    rows = {}
+    for mode in ("llava", "cold", "tokens+prefix"):
+        contender = bench.contenders[mode]
+        if mode == "tokens+prefix":
+            contender.store([ttft.Frame(background, np.zeros(shape.grid**2, dtype=bool), None)])
+        rng = np.random.default_rng(1)
+
+        def call(contender=contender, rng=rng) -> float:
+            return contender.first_token([ttft.draw_frame(background, shape, fresh_share, rng)])[0]
+
+        call(), call()
+        rows[mode] = breakdown(call, 9, wait)
+    return rows
 
 
 # ---- CUDA graphs

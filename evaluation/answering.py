@@ -192,7 +192,7 @@ class Answerer:
         """Groups `first` to `last`, which are those of `len(counts)` images from number `image` on."""
         patch_mask = groups["patch_mask"][first:last]
         none = {"matched": 0, "patches_reused": 0, "tokens_reused": 0}
-        tokens = sum(self.model.base_model.group_tokens(patch_mask))
+        tokens = sum(self.model.base_model.tokens_per_group(patch_mask))
         return PreparedImages(
             pixel_values=groups["pixel_values"][first:last],
             patch_mask=patch_mask,

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from backdrop.modeling.background_cache_backdrop import weights_digest
+from backdrop.modeling.weights_key_backdrop import weights_digest
 from backdrop.processing.detector_files_backdrop import DETECTOR_FILES
 
 

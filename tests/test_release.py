@@ -13,7 +13,18 @@ import pytest
 from paths import EXAMPLE, ROOT
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
-ROOMS = "benchmarks data evaluation experiments hub_export modeling processing scenes serving train".split()
+ROOMS = (
+    "benchmarks",
+    "data",
+    "evaluation",
+    "experiments",
+    "hub_export",
+    "modeling",
+    "processing",
+    "scenes",
+    "serving",
+    "train",
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +44,27 @@ def installed(dist, tmp_path_factory) -> Path:
     venv.create(folder, with_pip=False, symlinks=True)
     site = next(folder.glob("lib/python*/site-packages"))
     (wheel,) = dist.glob("*.whl")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site, wheel]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        site,
+        wheel,
+    ]
     subprocess.run([str(word) for word in install], check=True, env={**os.environ, "PIP_CONSTRAINT": ""})
     (site / "third_parties.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     return folder
 
 
 def backdrop(environment: Path, *words, folder: Path) -> subprocess.CompletedProcess:
-    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")
+    }
     command = [str(environment / "bin" / "python"), "-m", "backdrop", *map(str, words)]
     return subprocess.run(
         command, capture_output=True, text=True, cwd=folder, env={**inherited, "HF_HUB_OFFLINE": "1"}

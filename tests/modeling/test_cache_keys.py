@@ -1,0 +1,196 @@
+"""Keys of the background cache: every change of inputs, weights, adapters or settings makes another."""
+
+import pytest
+import tiny
+import torch
+from model_inputs import batch, generate, inputs_of, misses
+
+from backdrop.modeling.weights_key_backdrop import weights_digest, weights_fingerprint
+
+
+def test_the_key_sees_every_change_of_pixels_mask_prompt_and_namespace():
+    model = tiny.backdrop_model()
+    inputs = {
+        name: value[:1] if name in ("input_ids", "attention_mask") else value[:2]
+        for name, value in batch(model, ((0, 1),), groups=2).items()
+    }
+    model.enable_background_cache(10**7)
+    generate(model, inputs)
+    generate(model, inputs)
+    assert misses(model) == (1, 1)
+    pixels = inputs["pixel_values"].clone()
+    pixels[0, 0, 0, 0] += 1e-6
+    generate(model, {**inputs, "pixel_values": pixels})
+    assert misses(model) == (2, 2)
+    moved = inputs["pixel_values"].clone()
+    moved[1] += 1  # the object group: other objects before the same background
+    expected = tiny.backdrop_model().generate(
+        **{**inputs, "pixel_values": moved}, max_new_tokens=5, do_sample=False
+    )
+    assert torch.equal(generate(model, {**inputs, "pixel_values": moved}), expected)
+    assert misses(model) == (2, 2)
+    ids = inputs["input_ids"].clone()
+    ids[0, 1] = 33  # another system prompt
+    generate(model, {**inputs, "input_ids": ids})
+    assert misses(model) == (2, 3)
+    ids = inputs["input_ids"].clone()
+    ids[0, -1] = 34  # another question
+    generate(model, {**inputs, "input_ids": ids})
+    assert misses(model) == (2, 3)
+    with model.background_cache.scope(namespace="other"):
+        generate(model, inputs)
+    assert misses(model) == (3, 4)
+    with model.background_cache.scope(bypass=True):
+        generate(model, inputs)
+    assert misses(model) == (3, 4)
+
+
+def edit_in_place(model):
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_1.weight.mul_(1.5)
+
+
+def edit_through_data(model):
+    model.model.vision_tower.encoder.layers[0].mlp.fc1.weight.data += 0.01
+
+
+def load_another(model):
+    model.load_state_dict(tiny.backdrop_model(seed=3).state_dict())
+
+
+def step_an_optimizer(model):
+    inputs = batch(model)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def change_the_dtype(model):
+    model.to(torch.bfloat16)
+
+
+def change_the_attention(model):
+    model.set_attn_implementation("eager")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        edit_in_place,
+        edit_through_data,
+        load_another,
+        step_an_optimizer,
+        change_the_dtype,
+        change_the_attention,
+    ],
+)
+def test_a_changed_model_never_hits(change):
+    model = tiny.backdrop_model()
+    inputs = batch(model)
+    model.enable_background_cache(10**7)
+    generate(model, inputs)
+    before = model.background_cache.stats()
+    change(model)
+    cached = generate(model, inputs)
+    after = model.background_cache.stats()
+    assert after["tokens_hits"] == before["tokens_hits"] and after["prefix_hits"] == before["prefix_hits"]
+    model.disable_background_cache()
+    assert torch.equal(cached, generate(model, inputs))
+
+
+def test_the_fingerprint_is_steady():
+    model = tiny.backdrop_model()
+    assert weights_fingerprint(model) == weights_fingerprint(model)
+    assert weights_fingerprint(model) != weights_fingerprint(tiny.backdrop_model(seed=1))
+
+
+def test_the_fingerprint_sees_hooks_and_returns_with_the_state():
+    model = tiny.backdrop_model()
+    before = weights_fingerprint(model)
+    assert weights_fingerprint(model) == before
+    handle = model.model.vision_tower.register_forward_hook(lambda *args: None)
+    assert weights_fingerprint(model) != before
+    handle.remove()
+    assert weights_fingerprint(model) == before
+    model.model.language_model.layers[0].register_buffer("extra", torch.ones(3))
+    assert weights_fingerprint(model) != before
+
+
+def test_the_digest_is_of_every_byte_and_the_same_in_equal_models():
+    model, twin = tiny.backdrop_model(), tiny.backdrop_model()
+    assert weights_digest(model) == weights_digest(twin)
+    twin.model.vision_tower.encoder.layers[0].mlp.fc1.weight.data.view(-1)[123] += 1e-6
+    assert weights_digest(model) != weights_digest(twin)
+
+
+def test_language_model_adapters_keep_vision_tokens():
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny.backdrop_model()
+    inputs = inputs_of([[0, 1]])
+    adapted = get_peft_model(
+        model, LoraConfig(target_modules=r".*language_model.*\.(q_proj|v_proj)", r=4, init_lora_weights=False)
+    ).eval()
+    model.enable_background_cache(10**7)
+    generate(adapted, inputs)
+    with adapted.disable_adapter():
+        generate(adapted, inputs)
+    stats = model.background_cache.stats()
+    assert stats["tokens_hits"] == 1 and (stats["prefix_hits"], stats["prefix_misses"]) == (0, 2)
+
+
+def test_adapters_on_off_and_merged_never_hit_each_others_values():
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny.backdrop_model()
+    inputs = batch(model)
+    peft_model = get_peft_model(
+        model,
+        LoraConfig(
+            target_modules=r".*(vision_tower|language_model).*\.(q_proj|v_proj)", r=4, init_lora_weights=False
+        ),
+    ).eval()
+    model.enable_background_cache(10**7)
+    states = []
+
+    def check():
+        found = generate(peft_model, inputs)
+        states.append(misses(model))
+        with model.background_cache.scope(bypass=True):
+            assert torch.equal(found, generate(peft_model, inputs))
+
+    check()
+    with peft_model.disable_adapter():
+        check()
+    peft_model.merge_adapter()
+    check()
+    peft_model.unmerge_adapter()
+    assert all(later > earlier for earlier, later in zip(states, states[1:], strict=False))
+
+
+def test_adapters_on_and_off_never_share_a_folder_entry(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    inputs = inputs_of([[0, 1]])
+    for _ in range(2):
+        model = tiny.backdrop_model()
+        torch.manual_seed(5)
+        adapted = get_peft_model(
+            model,
+            LoraConfig(
+                target_modules=r".*(vision_tower|language_model).*\.(q_proj|v_proj)",
+                r=4,
+                init_lora_weights=False,
+            ),
+        ).eval()
+        expected = generate(adapted, inputs)
+        with adapted.disable_adapter():
+            plain = generate(adapted, inputs)
+        model.enable_background_cache(10**7, folder=tmp_path)
+        assert torch.equal(generate(adapted, inputs), expected)
+        with adapted.disable_adapter():
+            assert torch.equal(generate(adapted, inputs), plain)
+        adapted.merge_adapter()
+        merged = generate(adapted, inputs)
+        with model.background_cache.scope(bypass=True):
+            assert torch.equal(generate(adapted, inputs), merged)
+        model.background_cache.folder.flush(30)

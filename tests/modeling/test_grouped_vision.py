@@ -1,0 +1,82 @@
+"""Groups encoded apart equal block-diagonal attention in the full tower."""
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import CLIPVisionModel, Dinov2Model, SiglipVisionModel
+
+from backdrop.modeling.grouped_vision_backdrop import encode_groups, plan_rows
+
+TOWER_CLASSES = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel, "dinov2": Dinov2Model}
+
+
+PREFIX = {"clip": 1, "siglip": 0, "dinov2": 1}
+
+
+def block_diagonal(tower, pixels, masks, layer, prefix):
+    """All groups of one image as one sequence through stock layers under a 4D additive mask."""
+    hidden = [tower.embeddings(pixels)] * len(masks)
+    if hasattr(tower, "pre_layrnorm"):
+        hidden = [tower.pre_layrnorm(h) for h in hidden]
+    keep = [torch.cat([torch.ones(prefix, dtype=torch.bool), mask]) for mask in masks]
+    sequence = torch.cat([h[:, k] for h, k in zip(hidden, keep, strict=True)], dim=1)
+    owner = torch.cat([torch.full((int(k.sum()),), g) for g, k in enumerate(keep)])
+    bias = torch.where(owner[:, None] == owner[None, :], 0.0, torch.finfo(torch.float32).min)[None, None]
+    layers = tower.encoder.layer if hasattr(tower.encoder, "layer") else tower.encoder.layers
+    for block in layers[: layer if layer >= 0 else len(layers) + 1 + layer]:
+        try:
+            sequence = block(sequence, bias)
+        except TypeError:
+            pytest.skip("this version's layers take no mask; groups are encoded by length")
+    return [sequence[0, owner == g][prefix:] for g in range(len(masks))]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "dinov2"])
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_groups_apart_equal_block_diagonal_attention(name, attention, data):
+    torch.manual_seed(0)
+    config = tiny.TOWERS[name]()
+    config._attn_implementation = attention
+    tower = TOWER_CLASSES[name](config).eval()
+    patches = st.lists(st.booleans(), min_size=tiny.PATCHES, max_size=tiny.PATCHES).filter(any)
+    special = st.sampled_from([[True] * tiny.PATCHES, [True] + [False] * (tiny.PATCHES - 1)])
+    masks = torch.tensor(data.draw(st.lists(st.one_of(patches, special), min_size=1, max_size=5)))
+    pixels = torch.randn(1, 3, tiny.SIDE, tiny.SIDE)
+    with torch.no_grad():
+        found = encode_groups(tower, pixels.expand(len(masks), -1, -1, -1), masks, -2, "full")
+        expected = block_diagonal(tower, pixels, masks, -2, PREFIX[name])
+    for mine, theirs, mask in zip(found, expected, masks, strict=True):
+        assert mine.shape[0] == int(mask.sum()) + PREFIX[name]
+        torch.testing.assert_close(mine[PREFIX[name] :], theirs, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "dinov2"])
+@pytest.mark.parametrize("layer", [-1, -2, -4, 0, 1, 3])
+def test_all_patches_equal_the_stock_towers_hidden_state(name, layer):
+    tower = TOWER_CLASSES[name](tiny.TOWERS[name]()).eval()
+    pixels = torch.randn(2, 3, tiny.SIDE, tiny.SIDE)
+    whole = torch.ones(2, tiny.PATCHES, dtype=torch.bool)
+    with torch.no_grad():
+        expected = tower(pixels, output_hidden_states=True).hidden_states[layer]
+        assert torch.equal(torch.stack(encode_groups(tower, pixels, whole, layer, "full")), expected)
+
+
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=24))
+def test_rows_hold_every_group_once_and_waste_little(lengths):
+    rows = plan_rows(lengths, 1024)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    padded = len(rows) * max(sum(lengths[i] for i in row) for row in rows)
+    assert padded <= 2 * sum(lengths)
+
+
+def test_layers_behind_the_feature_layer_are_not_computed():
+    tower = CLIPVisionModel(tiny.TOWERS["clip"]())
+    ran = []
+    for i, layer in enumerate(tower.encoder.layers):
+        layer.register_forward_hook(lambda *_, i=i: ran.append(i))
+    encode_groups(tower, torch.randn(1, 3, tiny.SIDE, tiny.SIDE), torch.ones(1, 16, dtype=torch.bool), -2)
+    assert ran == [0, 1]
