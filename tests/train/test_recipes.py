@@ -31,10 +31,12 @@ from backdrop.hub_export.export import load_checkpoint
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.processing_backdrop import BackdropProcessor
+from backdrop.train.arguments import parse
 from backdrop.train.assemble import ModelArguments, assemble, quantization
-from backdrop.train.sft import build_trainer, outline_trainable, parse, run
+from backdrop.train.recipe import outline_trainable
+from backdrop.train.sft import build_trainer, run
 from backdrop.train.stages import check_start, read_stage
-from backdrop.train.trainable import select_trainable, trainable_rows
+from backdrop.train.trainable import select_trainable, trainable_summary
 from backdrop.train.trainer import MismatchCollator, answer_scores, replace_files
 
 RECIPES = ROOT / "experiments" / "recipes"
@@ -69,7 +71,7 @@ def test_every_shipped_recipe_parses_and_fits_a_model(base, path):
         return
     if options.load_in_4bit:
         assert quantization(arguments, options).load_in_4bit
-    rows = trainable_rows(outline_trainable(arguments, options))
+    rows = trainable_summary(outline_trainable(arguments, options))
     assert all(row["device"] == "meta" for row in rows)
     assert 0 < sum(row["trainable"] for row in rows) <= sum(row["parameters"] for row in rows)
     assert training.max_length is None
@@ -101,7 +103,7 @@ def test_a_misspelt_key_is_named(tmp_path):
             r"trainable is \['prefusion'\] beside use_peft; wanted lora_also",
         ),
         ({"lora_modules_to_save": ["x"]}, r"lora_modules_to_save is \['x'\].* wanted lora_also_trains"),
-        ({"eval_strategy": "epoch"}, "eval_strategy is .*epoch.* without rows; wanted eval_dataset"),
+        ({"eval_strategy": "epoch"}, "eval_strategy is .*epoch.* without a dataset; wanted eval_dataset"),
         ({"load_in_4bit": True}, "bf16 is false with load_in_4bit"),
         ({"streaming": True}, "max_steps is -1 with streaming"),
         ({"raster_order": True}, "raster_order is True, but there are separators"),
@@ -150,7 +152,7 @@ def test_separators_alone_train_their_rows_and_no_other(base):
     trainer.train()
     moved = (table.detach() != before).any(-1).nonzero().squeeze(-1).tolist()
     assert moved == sorted(trainer.model.config.separator_token_ids)
-    row = next(row for row in trainable_rows(trainer.model) if row["module"] == "embed_tokens")
+    row = next(row for row in trainable_summary(trainer.model) if row["module"] == "embed_tokens")
     assert row["trainable"] == 4 * table.shape[1]
 
 
@@ -286,7 +288,7 @@ def test_a_dry_run_prints_what_trains_and_what_it_needs(base, capsys):
 
 
 def test_a_dry_run_on_an_older_trl_says_which_is_wanted(base, monkeypatch):
-    monkeypatch.setattr("backdrop.train.sft.version", lambda name: "1.10.0")
+    monkeypatch.setattr("backdrop.train.dry_run.version", lambda name: "1.10.0")
     words = ["--model", base / "model", "--dataset", base / "rows", "--output_dir", base / "out", *CPU]
     with pytest.raises(ValueError, match="TRL is 1.10.0, wanted 1.16"):
         run(*parse([*map(str, words), "--dry_run", "true"]))
@@ -370,12 +372,12 @@ def test_an_adapter_is_evaluated_as_it_was_trained(base):
 
 def test_packed_numbers_are_counted_as_what_they_stand_for():
     model = tiny.backdrop_model()
-    total = sum(row["parameters"] for row in trainable_rows(model))
+    total = sum(row["parameters"] for row in trainable_summary(model))
     weight = model.model.language_model.layers[0].mlp.up_proj.weight
     packed = torch.nn.Parameter(torch.zeros(weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
     packed.quant_state = SimpleNamespace(shape=weight.shape)
     model.model.language_model.layers[0].mlp.up_proj.weight = packed
-    assert sum(row["parameters"] for row in trainable_rows(model)) == total
+    assert sum(row["parameters"] for row in trainable_summary(model)) == total
 
 
 def test_rows_to_evaluate_on_give_a_loss(base):

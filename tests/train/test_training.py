@@ -16,7 +16,7 @@ from backdrop.hub_export.export import export_checkpoint
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.processing_backdrop import BackdropProcessor
 from backdrop.train.sft import BackdropArguments, build_trainer
-from backdrop.train.trainable import select_trainable, trainable_rows, unused_parameters
+from backdrop.train.trainable import select_trainable, trainable_summary, unused_parameters
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_pattern_that_matches_nothing_is_named():
     with pytest.raises(ValueError, match=r"trainable: \['multi_modal_projektor'\] matches no parameter"):
         select_trainable(model, ["language_model", "multi_modal_projektor"])
     select_trainable(model, ["multi_modal_projector"])
-    rows = {row["module"]: row for row in trainable_rows(model)}
+    rows = {row["module"]: row for row in trainable_summary(model)}
     assert rows["multi_modal_projector"]["share"] == 1 and rows["vision_tower"]["trainable"] == 0
 
 
