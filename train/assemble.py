@@ -1,6 +1,6 @@
-"""From a recipe to a model and its processor: parts added, switches set, weights loaded, whole or in 8 or 4 bits.
+"""Makes the model and the processor of a recipe: loads weights (whole or in 8 or 4 bits), adds parts, sets switches.
 
-The same steps run on the meta device first, so that a recipe which does not fit its model fails before a weight is
+The same steps run on the meta device first, so that a recipe that does not fit its model fails before a weight is
 read, and a dry run needs no memory.
 """
 
@@ -20,30 +20,31 @@ from backdrop.processing.processing_backdrop import BackdropProcessor
 
 SEPARATORS = ("keep", "meaning", "random", "none")
 IMAGE_POSITIONS = ("first", "in_place")
-# What stays in full precision when the language model is quantised: everything but its layers' linear maps.
+# What is not quantised: everything but the linear layers inside the language model's layers.
 # transformers matches these as regular expressions from the start of a module's full name.
 NOT_QUANTIZED = [r".*vision_tower", r".*multi_modal_projector", r".*prefusion", r".*lm_head"]
 
 
 @dataclass(kw_only=True)
 class ModelArguments:
-    """What a recipe does to the model it starts from. A switch left out stays as the model has it."""
+    """What a recipe does to the model that it starts from. A switch left out stays as the model has it."""
 
     model: str = field(
         metadata={"help": "Folder of a Backdrop model (from convert, export or an earlier stage), or Hub id."}
     )
     split: bool | None = field(
-        default=None, metadata={"help": "Split images into background and objects; false: one group, LLaVA."}
+        default=None,
+        metadata={"help": "Split images into background and objects; false: one group, as in LLaVA."},
     )
     separators: str = field(
         default="keep",
         metadata={
-            "help": "Separator tokens: keep, none, or (again) started by meaning or at random.",
+            "help": "Separator tokens: keep them, have none, or initialise them by meaning or at random.",
             "choices": list(SEPARATORS),
         },
     )
     num_prefusion_layers: int = field(
-        default=0, metadata={"help": "Give the model so many prefusion layers if it has none."}
+        default=0, metadata={"help": "Give a model without prefusion layers so many."}
     )
     separate_vision_towers: bool = field(
         default=False, metadata={"help": "Give object groups a tower of their own."}
@@ -61,24 +62,26 @@ class ModelArguments:
         default=None, metadata={"help": "False: the object group before the background (for ablations)."}
     )
     masked_attention: bool | None = field(
-        default=None, metadata={"help": "False: the tower sees unowned patches as black (for ablations)."}
+        default=None,
+        metadata={"help": "False: the tower sees patches of other groups as black (for ablations)."},
     )
     raster_order: bool | None = field(
-        default=None, metadata={"help": "True: groups encoded apart, tokens in the grid's order (ladder)."}
+        default=None,
+        metadata={"help": "True: groups are encoded apart, but their tokens keep the grid's order (ladder)."},
     )
     image_position: str | None = field(
         default=None,
         metadata={
-            "help": "Images before the text of a message, or in_place where the message has them.",
+            "help": "Images before the text of a message (first), or where the message has them (in_place).",
             "choices": list(IMAGE_POSITIONS),
         },
     )
     int8_threshold: float = field(
-        default=6.0, metadata={"help": "Outlier threshold of load_in_8bit; 0: no outliers apart."}
+        default=6.0, metadata={"help": "Outlier threshold of load_in_8bit; 0: outliers are not kept apart."}
     )
 
     def __post_init__(self):
-        # A recipe's values reach argparse as defaults, which it does not check.
+        # A recipe's values are argparse's defaults, which it does not check against `choices`.
         for options, name in ((SEPARATORS, "separators"), (IMAGE_POSITIONS, "image_position")):
             value = getattr(self, name)
             if value is not None and value not in options:
@@ -98,7 +101,7 @@ def build_config(arguments: ModelArguments) -> BackdropConfig:
 
 
 def outline(arguments: ModelArguments, attn_implementation: str | None = None, dtype=torch.float32):
-    """The recipe's model without weights, on the meta device."""
+    """The recipe's model on the meta device, without weights."""
     with torch.device("meta"):
         model = BackdropForConditionalGeneration._from_config(
             build_config(arguments), attn_implementation=attn_implementation, dtype=dtype
@@ -114,7 +117,7 @@ def outline(arguments: ModelArguments, attn_implementation: str | None = None, d
 def assemble(
     arguments: ModelArguments, options: ModelConfig
 ) -> tuple[BackdropForConditionalGeneration, BackdropProcessor]:
-    """The recipe's model, loaded, and its processor."""
+    """The recipe's model with its weights, and its processor."""
     processor = build_processor(arguments)
     if Path(arguments.model, "adapter_config.json").is_file():
         model = _merged(arguments, options)
@@ -141,7 +144,7 @@ def build_processor(arguments: ModelArguments) -> BackdropProcessor:
 
 
 def _merged(arguments: ModelArguments, options: ModelConfig) -> BackdropForConditionalGeneration:
-    """A LoRA stage's checkpoint, the adapter merged into its base."""
+    """A LoRA stage's checkpoint, its adapter merged into the base model."""
     if options.load_in_4bit or options.load_in_8bit:
         raise ValueError(
             f"model is {arguments.model!r}, an adapter, which cannot be merged into a quantised base; wanted the "
@@ -159,7 +162,7 @@ def _merged(arguments: ModelArguments, options: ModelConfig) -> BackdropForCondi
 
 
 def quantization(arguments: ModelArguments, options: ModelConfig) -> BitsAndBytesConfig | None:
-    """What `load_in_4bit` and `load_in_8bit` mean here: the language model's layers, nothing else.
+    """The quantisation that `load_in_4bit` or `load_in_8bit` asks for: of the language model's layers, nothing else.
 
     Dettmers et al. 2022 (LLM.int8(), outlier threshold 6) and 2023 (QLoRA, NF4).
     """
@@ -210,7 +213,7 @@ def _set_up(processor: BackdropProcessor, arguments: ModelArguments) -> None:
 
 
 def _system_prompt(processor: BackdropProcessor) -> str:
-    """The default system prompt of a processor's own template: what it puts before a user's turn."""
+    """The default system prompt of a processor's template: the text before the user's turn."""
     text = processor.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
     bos = processor.tokenizer.bos_token or ""
     return text.removeprefix(bos).split("USER: ", 1)[0].strip()

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a note beside every finished run, and recipes that ask for it."""
+"""Stages of training: a note beside every finished checkpoint, and recipes that start from a certain stage only."""
 
 import hashlib
 import json
@@ -8,16 +8,16 @@ STAGE_FILE = "backdrop_stage.json"
 
 
 def read_stage(folder: str | Path) -> dict | None:
-    """The note of the run that wrote the folder, None where there is none (a converted model, a Hub id)."""
+    """The note of the run that wrote the folder; None if there is none (a converted model, a Hub id)."""
     path = Path(folder, STAGE_FILE)
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def check_start(model: str, wanted: str | None) -> None:
-    """Refuses a checkpoint that is not the finished stage which a recipe starts from.
+    """Refuses a checkpoint that is unfinished or not of the stage that a recipe starts from.
 
     Raises:
-        ValueError: another stage, none, or one that a run left unfinished.
+        ValueError: another stage, no stage, or an unfinished checkpoint.
     """
     folder = Path(model)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -36,12 +36,12 @@ def check_start(model: str, wanted: str | None) -> None:
 
 
 def write_stage(folder: str | Path, stage: str | None, recipe: dict) -> None:
-    """Writes the note: the stage's name, the recipe, and the digest by which a run is known to be done."""
+    """Writes the note: the stage's name, the recipe and its digest, and the note of the checkpoint it started from."""
     note = {"stage": stage, "recipe": recipe, "recipe_digest": recipe_digest(recipe)}
     note["start"] = read_stage(recipe["model"]) if recipe.get("model") else None
     Path(folder, STAGE_FILE).write_text(json.dumps(note, indent=2, default=str) + "\n")
 
 
 def recipe_digest(recipe: dict) -> str:
-    """Names a recipe by its content, whatever the order of its keys."""
+    """A digest of the recipe's content, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What trains, in the open: selection by name, a table before the first step, a check after it."""
+"""What trains: selection by name, a table before the first step, a check after it."""
 
 import math
 import re
@@ -21,7 +21,7 @@ SEPARATORS = "separators"
 
 
 def unused_parameters(model: BackdropForConditionalGeneration) -> set[str]:
-    """Names of tower parameters behind the feature layer: nothing reads them, so they can get no gradient."""
+    """Names of tower parameters after the feature layer: their output is not used, so they get no gradient."""
     names = set()
     depth = model.config.vision_config.num_hidden_layers
     used = max(layer if layer >= 0 else depth + 1 + layer for layer in model.config.feature_layers)
@@ -51,14 +51,14 @@ def last_layers(model: BackdropForConditionalGeneration, count: int) -> list[str
 
 
 def select_trainable(model: BackdropForConditionalGeneration, patterns: list[str]) -> None:
-    """Freezes everything but the parameters in whose names one of the regular expressions is found.
+    """Freezes all parameters but those in whose names one of the regular expressions is found.
 
-    `separators` names the separators' rows of the embedding table (and of a tied head): the other rows of that table
-    get no gradient. A tied head trains with the embedding table, whichever of them is named. The name of a part that this
+    `separators` selects the separators' embedding rows (and those of a tied head): the other embedding rows get no
+    gradient. A tied head trains with the embedding table, whichever of them is named. The name of a part that this
     model does not have (`OPTIONAL_PARTS`) selects nothing.
 
     Raises:
-        ValueError: another pattern that matches no parameter (named), or none given.
+        ValueError: another pattern that matches no parameter (named), or no pattern at all.
     """
     # A tied head is the embedding table under a second name.
     aliases: dict[nn.Parameter, list[str]] = defaultdict(list)
@@ -66,31 +66,38 @@ def select_trainable(model: BackdropForConditionalGeneration, patterns: list[str
         aliases[parameter].append(name)
     names = [name for of_one in aliases.values() for name in of_one]
     found = {pattern: any(re.search(pattern, name) for name in names) for pattern in patterns}
-    idle = [pattern for pattern, matches in found.items() if not matches and pattern not in OPTIONAL_PARTS]
-    if idle or not patterns:
+    unmatched = [
+        pattern for pattern, matches in found.items() if not matches and pattern not in OPTIONAL_PARTS
+    ]
+    if unmatched or not patterns:
         raise ValueError(
-            f"trainable: {idle or 'no pattern'} matches no parameter; wanted regular expressions over names such as {names[0]!r}."
+            f"trainable: {unmatched or 'no pattern'} matches no parameter; wanted regular expressions over names such as {names[0]!r}."
         )
     unused = unused_parameters(model)
     for name, parameter in model.named_parameters():
         chosen = any(re.search(pattern, alias) for pattern in patterns for alias in aliases[parameter])
         parameter.requires_grad_(chosen and name not in unused)
     embedding = model.get_input_embeddings()
-    embedding.trained_rows = None
+    embedding.trained_embedding_rows = None
     if SEPARATORS in patterns and model.config.separator_token_ids and not embedding.weight.requires_grad:
-        _train_rows(embedding, model.config.separator_token_ids)
+        _train_embedding_rows(embedding, model.config.separator_token_ids)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"trainable: the model has none of {patterns}; nothing would train.")
 
 
-def _train_rows(embedding: nn.Embedding, rows: list[int]) -> None:
-    embedding.trained_rows = list(rows)
+def _train_embedding_rows(embedding: nn.Embedding, rows: list[int]) -> None:
+    embedding.trained_embedding_rows = list(rows)
     embedding.weight.requires_grad_(True)
-    embedding.weight.register_hook(lambda gradient: gradient.masked_fill(~row_mask(gradient, rows), 0))
+    embedding.weight.register_hook(
+        lambda gradient: gradient.masked_fill(~embedding_row_mask(gradient, rows), 0)
+    )
 
 
-def row_mask(table: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """`[R, 1]` bool: which of the table's rows are among `rows`; of a table that FSDP has divided, of this process' rows."""
+def embedding_row_mask(table: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """`[R, 1]` bool: which of a table's `R` embedding rows are among `rows`.
+
+    Of a table that FSDP has sharded, it is the mask of the embedding rows in this process.
+    """
     mask = torch.zeros(len(table), 1, dtype=torch.bool, device=table.device)
     mask[rows] = True
     if isinstance(table, DTensor):
@@ -99,33 +106,39 @@ def row_mask(table: torch.Tensor, rows: list[int]) -> torch.Tensor:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process' part of a tensor that FSDP has divided, without a copy; any other as it is."""
+    """This process' shard of a tensor that FSDP has sharded, without a copy; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def mask_sharded_gradients(model: nn.Module, partly: dict[str, list[int]]) -> None:
-    """Zeros the gradients of rows that do not train where FSDP2 has put other parameters, without our hook, in place."""
+    """Zeros the gradients of embedding rows that do not train, in tables that FSDP2 has sharded.
+
+    FSDP2 replaces the parameters, and with them the gradient hook that does this elsewhere.
+
+    Args:
+        partly: what `partly_trained_tables` found.
+    """
     for name, parameter in model.named_parameters():
         if name in partly and isinstance(parameter.grad, DTensor):
-            local(parameter.grad).masked_fill_(~row_mask(parameter.grad, partly[name]), 0)
+            local(parameter.grad).masked_fill_(~embedding_row_mask(parameter.grad, partly[name]), 0)
 
 
-def row_trained_names(model: nn.Module) -> dict[str, list[int]]:
-    """Names of embedding tables of which only some rows train -> those rows."""
+def partly_trained_tables(model: nn.Module) -> dict[str, list[int]]:
+    """Names of the embedding tables of which only some embedding rows train -> those rows."""
     return {
-        f"{name}.weight": module.trained_rows
+        f"{name}.weight": module.trained_embedding_rows
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and getattr(module, "trained_rows", None)
+        if isinstance(module, nn.Embedding) and getattr(module, "trained_embedding_rows", None)
     }
 
 
-def trainable_rows(model: nn.Module) -> list[dict]:
-    """One row per part of the model: parameters, how many train, dtype, device."""
+def trainable_summary(model: nn.Module) -> list[dict]:
+    """A dictionary for each part of the model: parameters, how many of them train, dtype, device."""
     parts: dict[str, list[tuple[str, nn.Parameter]]] = defaultdict(list)
-    partly = row_trained_names(model)
+    partly = partly_trained_tables(model)
     for name, parameter in model.named_parameters():
         parts[_part(name)].append((name, parameter))
-    rows = []
+    summary = []
     for part, members in parts.items():
         parameters = [parameter for _, parameter in members]
         total = sum(_count(p) for p in parameters)
@@ -134,7 +147,7 @@ def trainable_rows(model: nn.Module) -> list[dict]:
             for name, p in members
             if p.requires_grad
         )
-        rows.append(
+        summary.append(
             {
                 "module": part,
                 "parameters": total,
@@ -144,23 +157,23 @@ def trainable_rows(model: nn.Module) -> list[dict]:
                 "device": ", ".join(sorted({str(p.device) for p in parameters})),
             }
         )
-    return rows
+    return summary
 
 
 def _count(parameter: nn.Parameter) -> int:
-    """Numbers of a parameter, also where bitsandbytes has packed two of 4 bits in a byte or ZeRO-3 keeps it elsewhere."""
+    """Elements of a parameter, also where bitsandbytes packs two of 4 bits in a byte or ZeRO-3 keeps it elsewhere."""
     packed = getattr(parameter, "quant_state", None)
     if packed is not None:
         return math.prod(packed.shape)
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
-def print_trainable(rows: list[dict]) -> None:
-    """The table on the console."""
+def print_trainable(summary: list[dict]) -> None:
+    """Prints what `trainable_summary` found as a table."""
     table = Table("module", "parameters", "trainable", "share", "dtype", "device", title="What trains")
-    total = {key: sum(row[key] for row in rows) for key in ("parameters", "trainable")}
+    total = {key: sum(part[key] for part in summary) for key in ("parameters", "trainable")}
     total |= {"module": "all", "share": total["trainable"] / max(total["parameters"], 1)}
-    for row in [*rows, total | {"dtype": "", "device": ""}]:
+    for row in [*summary, total | {"dtype": "", "device": ""}]:
         cells = row["module"], f"{row['parameters']:,}", f"{row['trainable']:,}", f"{row['share']:.1%}"
         table.add_row(*cells, row["dtype"], row["device"])
     Console().print(table)
@@ -168,7 +181,7 @@ def print_trainable(rows: list[dict]) -> None:
 
 def _part(name: str) -> str:
     adapter = " (lora)" if "lora_" in name else ""
-    # The embedding table lies inside the language model: the more special name first.
+    # The embedding table is inside the language model, so the more specific name comes first.
     names = (
         "object_vision_tower",
         "vision_tower",
@@ -185,11 +198,11 @@ def _part(name: str) -> str:
 class TrainableCheck(TrainerCallback):
     """Stops after the first step if a trainable parameter got no gradient or a frozen one moved.
 
-    Parts that only images reach are looked at once there was an image, a copy for one kind of groups once there was one
-    of these, all of them after `PATIENCE` steps: the first rows of a mixed set may have none.
+    The first examples of a mixed dataset may have no image. So a part that only images reach is checked after the first
+    image, a part for one group kind after the first group of that kind, and everything after `PATIENCE` steps.
 
     Attributes:
-        kinds: kinds of groups in the batches so far; the trainer tells.
+        kinds: group kinds in the batches so far, which the trainer adds to.
     """
 
     def __init__(self):
@@ -203,7 +216,7 @@ class TrainableCheck(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._frozen = dict(_frozen_values(model))
         self._waiting = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        # DeepSpeed takes gradients away before the optimizer's step is announced.
+        # DeepSpeed clears gradients before `on_pre_optimizer_step` is called, so hooks note that they were there.
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._reached.add(name))
             for name, parameter in self._waiting.items()
@@ -243,18 +256,18 @@ class TrainableCheck(TrainerCallback):
 
 
 def _frozen_values(model: nn.Module) -> Iterator[tuple[str, tuple]]:
-    """(name, checksums) of every frozen parameter, and of the frozen rows of a table that trains in part.
+    """(name, checksums) of every frozen parameter, and of the frozen embedding rows of a table that trains in part.
 
-    A copy of a 7B model would not fit beside it. XOR and sum together miss no change that training makes: equal
-    changes of an even number of elements cancel in the one, opposite ones in the other.
+    Checksums, because a copy of a 7B model would not fit beside it. XOR and sum together miss no change that training
+    makes: equal changes of an even number of elements cancel in XOR, opposite changes cancel in the sum.
     """
-    partly = row_trained_names(model)
+    partly = partly_trained_tables(model)
     for name, parameter in model.named_parameters():
         value = local(parameter.detach())
-        if not value.numel() or value.device.type == "meta":  # under ZeRO-3 it is elsewhere
+        if not value.numel() or value.device.type == "meta":  # ZeRO-3 keeps the values elsewhere
             continue
         if name in partly:
-            value = value.masked_fill(row_mask(parameter, partly[name]), 0)
+            value = value.masked_fill(embedding_row_mask(parameter, partly[name]), 0)
         elif parameter.requires_grad:
             continue
         yield name, (torch.hash_tensor(value).item(), float(value.sum(dtype=torch.float64)))

@@ -1,4 +1,4 @@
-"""TRL's `SFTTrainer` with checkpoints that are whole or not there, and a matching loss as an option."""
+"""TRL's `SFTTrainer` with checkpoints that are complete or absent, and an optional image-text matching loss."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from trl import SFTTrainer
 
 from backdrop.modeling.modeling_backdrop import BACKGROUND, OBJECT
 
-from .trainable import TrainableCheck, mask_sharded_gradients, row_trained_names
+from .trainable import TrainableCheck, mask_sharded_gradients, partly_trained_tables
 
 PARTIAL = ".partial"
 GROUP_KINDS = {"any": {BACKGROUND, OBJECT}, "background": {BACKGROUND}, "object": {OBJECT}}
@@ -23,28 +23,28 @@ class BackdropTrainer(SFTTrainer):
     """`SFTTrainer` of a Backdrop model.
 
     Args:
-        matching_loss: weight of the matching loss, 0: off. Each row's answer is scored with its own images and with
-            those of another row of the batch; the loss is `softplus(other - own)`, scores being mean log-probabilities
+        matching_loss: weight of the matching loss, 0: off. Each example's answer is scored with its own images and with
+            those of another example of the batch; the loss is `softplus(other - own)`, scores being mean log-probabilities
             of the answer's tokens: image-text matching (ALBEF, Li et al. 2021, section 3.2) as a ranking by the
             language model's own likelihood, without a head that no checkpoint would hold.
-        group_kinds: "background" or "object" refuses a batch with groups of the other kind; "any".
+        group_kinds: "background" or "object" refuses a batch with groups of the other kind; "any" takes both.
     """
 
     def __init__(self, *args, matching_loss: float = 0.0, group_kinds: str = "any", **kwargs):
         model = kwargs.get("model", args[0] if args else None)
         if isinstance(model, nn.Module):
-            # Of a tower's family: FSDP's wrapping by layers refuses a class that the model has no module of.
+            # FSDP refuses to wrap by a class of layers that the model does not have, such as another tower's.
             present = {type(module).__name__ for module in model.modules()}
             model._no_split_modules = {name for name in model._no_split_modules if name in present}
         super().__init__(*args, **kwargs)
         head = self.model.get_output_embeddings()
         if not hasattr(head, "bias"):
-            # peft wraps a head that is tied to a table whose rows train, and passes its weight on but not its bias; TRL's
-            # loss reads both.
+            # Where some embedding rows train and the head is tied to them, peft wraps the head and passes on its weight
+            # but not its bias; TRL's loss reads both.
             head.bias = None
         self.matching_loss = matching_loss
-        # Tables of which some rows train: decay would move the others.
-        self._partly_trained = row_trained_names(self.model)
+        # Weight decay would move the frozen embedding rows of tables that train in part.
+        self._partly_trained = partly_trained_tables(self.model)
         if group_kinds != "any":
             self.data_collator = KindCollator(self.data_collator, group_kinds)
         if matching_loss:
@@ -114,14 +114,14 @@ class BackdropTrainer(SFTTrainer):
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["matching_loss"].append(matching.item())
         self._metrics[mode]["matching_accuracy"].append((own > other).float().mean().item())
-        if num_items_in_batch is not None:  # the token loss is over all accumulated batches already
+        if num_items_in_batch is not None:  # the token loss is already a mean over all accumulated batches
             matching = matching / self.current_gradient_accumulation_steps
         loss = loss + self.matching_loss * matching
         return (loss, outputs) if return_outputs else loss
 
 
 def answer_scores(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-    """Mean log-probability of each row's answer tokens (`labels` above -1): `[B]`, float32."""
+    """Mean log-probability of each example's answer tokens (`labels` other than -100): `[B]`, float32."""
     inputs = dict(inputs)
     labels = inputs.pop("labels")[:, 1:]
     logits = model(**inputs, use_cache=False).logits[:, :-1].float()
@@ -132,9 +132,10 @@ def answer_scores(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 
 @dataclass
 class MismatchCollator:
-    """Adds `mismatched`: the same conversations, each with other images: those of the nearest row before it that has as many.
+    """Adds `mismatched` to a batch: the same conversations with the images of another example.
 
-    Where a batch has none (captions of one image, other numbers of images) a row keeps its own and adds no gradient.
+    The other example is the nearest one before it in the batch (cyclically) with as many, but other, images. Where there
+    is none, an example keeps its own images and adds no gradient.
     """
 
     collator: Any
@@ -142,7 +143,7 @@ class MismatchCollator:
     def __call__(self, examples: list[dict]) -> dict:
         if len(examples) < 2:
             raise ValueError(
-                f"matching_loss compares rows of a batch, and this one has {len(examples)}; wanted a batch size of 2 or "
+                f"matching_loss compares examples of a batch, and this one has {len(examples)}; wanted a batch size of 2 or "
                 "more, and dataloader_drop_last."
             )
         images = [list(example["images"]) for example in examples]
@@ -156,7 +157,7 @@ class MismatchCollator:
 
 @dataclass
 class KindCollator:
-    """Refuses a batch with groups of another kind than the recipe is for."""
+    """Refuses a batch with groups of a kind that the recipe is not for."""
 
     collator: Any
     kind: str
@@ -168,13 +169,13 @@ class KindCollator:
             names = {BACKGROUND: "background", OBJECT: "object"}
             raise ValueError(
                 f"group_kinds is {self.kind!r}, but a batch holds {sorted(names[kind] for kind in found)} groups; wanted "
-                "rows of ready-made groups of that kind (python -m backdrop.data.derive.run captions)."
+                "a dataset of ready-made groups of that kind (backdrop derive captions)."
             )
         return batch
 
 
 def replace_folder(built: Path, place: Path) -> None:
-    """Moves a complete folder into its place; what stood there goes."""
+    """Moves a complete folder to `place`, replacing what is there."""
     old = place.with_name(f".old-{place.name}")
     shutil.rmtree(old, ignore_errors=True)
     if place.exists():
@@ -186,8 +187,8 @@ def replace_folder(built: Path, place: Path) -> None:
 def replace_files(built: Path, place: Path, last: tuple[str, ...]) -> None:
     """Moves a finished run's files into a folder that holds checkpoints too.
 
-    The files named `last` make the folder loadable: they go first and come back last, so that a run that is cut off
-    in between leaves a folder which refuses to load.
+    The files named in `last` make the folder loadable. They are removed first and written last, so that a run that is cut
+    off in between leaves a folder that refuses to load.
     """
     place.mkdir(parents=True, exist_ok=True)
     for name in last:

@@ -5,4 +5,3 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "scenes-model"
 SUPPORT = Path(__file__).parent
-FSDP_ON_CPU = SUPPORT / "fsdp_on_cpu.py"

@@ -1,31 +1,23 @@
+import shutil
+
 import pytest
-import tiny
-from datasets import Dataset
-from red_square import groups_of, scene
-from trainings import FEATURES
+from forked import ForkServer
+from trainings import save_base
+
+
+@pytest.fixture(scope="session")
+def saved_base(tmp_path_factory):
+    return tmp_path_factory.mktemp("base")
 
 
 @pytest.fixture
-def base(processor, tmp_path):
-    """A model folder and a folder of eight rows of ready-made groups."""
-    tokenizer = processor.tokenizer
-    model = tiny.backdrop_model(
-        text_config=tiny.text_config(vocab_size=len(tokenizer)),
-        image_token_id=processor.image_token_id,
-        separator_token_ids=processor.separator_token_ids,
-        num_prefusion_layers=1,
-    )
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    rows = [
-        {
-            "images": groups_of(processor.image_processor, scene(14 * (i % 4), 14)),
-            "messages": [
-                {"role": "user", "content": "what is shown?"},
-                {"role": "assistant", "content": ["a red bus", "a bus"][i % 2]},
-            ],
-        }
-        for i in range(8)
-    ]
-    Dataset.from_list(rows, features=FEATURES).save_to_disk(tmp_path / "rows")
-    return tmp_path
+def base(request, saved_base, tmp_path):
+    """A folder with a tiny model (`model`) and a dataset of eight examples of ready-made groups (`rows`)."""
+    if not (saved_base / "rows").is_dir():
+        save_base(request.getfixturevalue("processor"), saved_base)
+    return shutil.copytree(saved_base, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory):
+    return ForkServer(tmp_path_factory.mktemp("home"))

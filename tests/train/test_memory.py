@@ -8,8 +8,11 @@ from trl import ModelConfig, SFTConfig
 # The estimate runs the loss of these versions of TRL, not a loss of its own.
 pytest.importorskip("trl", minversion="1.16")
 
-from backdrop.train import memory
-from backdrop.train.memory import estimate, meta_model, packed_bytes
+from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
+from backdrop.train.memory import GIB, estimate, meta_model, packed_bytes, print_memory
+from backdrop.train.memory.llava import LORA, QLORA, llava_config
+from backdrop.train.memory.step import full_batch, prepare_for_training
+from backdrop.train.trainable import select_trainable
 
 LENGTH = 40
 EVERYTHING = ["language_model", "lm_head", "multi_modal_projector"]
@@ -61,7 +64,7 @@ def wide_config(width=256, layers=3):
 def test_weights_gradients_and_states_are_those_counted_by_hand(tmp_path):
     model = tiny.backdrop_model()
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    memory.select_trainable(model, ["multi_modal_projector"])
+    select_trainable(model, ["multi_modal_projector"])
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == 32 * 32 * 2 + 2 * 32
     # Two float32 of AdamW for each weight that trains, and a step count for each of the four tensors.
@@ -78,8 +81,8 @@ def test_weights_gradients_and_states_are_those_counted_by_hand(tmp_path):
 def test_activations_are_those_of_a_real_run(tmp_path):
     """A real forward of the same batch, its saved tensors counted by autograd's own hooks."""
     config, training = wide_config(), settings(tmp_path)
-    model = memory.BackdropForConditionalGeneration(config).train()
-    memory.select_trainable(model, EVERYTHING)
+    model = BackdropForConditionalGeneration(config).train()
+    select_trainable(model, EVERYTHING)
     found = estimate(model, training, options(), sequence_length=LENGTH, device="cpu")
 
     fixed = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
@@ -91,9 +94,9 @@ def test_activations_are_those_of_a_real_run(tmp_path):
             saved[storage._cdata] = storage
         return tensor
 
-    memory._prepare(model, training)
+    prepare_for_training(model, training)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = model(**memory._batch(config, training, LENGTH, 1, 2), fused_lm_head=True)
+        outputs = model(**full_batch(config, training, LENGTH, 1, 2), fused_lm_head=True)
         loss = -outputs.log_probs.sum()
     real = sum(storage.nbytes() for storage in saved.values())
     assert loss.requires_grad and real > 2**20
@@ -201,10 +204,10 @@ def test_the_7b_model_on_24_gb(tmp_path):
     """LLaVA's sizes, two layers of each stack, stretched to all: a layer costs what a layer costs."""
     totals = {}
     for layers in (1, 2):
-        config = memory.llava_config()
+        config = llava_config()
         config.vision_config.num_hidden_layers = 2
         config.text_config.num_hidden_layers = layers
-        for name, choices in (("lora", memory.LORA), ("qlora", memory.QLORA)):
+        for name, choices in (("lora", LORA), ("qlora", QLORA)):
             model = meta_model(config, choices, lora_also_trains=["multi_modal_projector"])
             totals[name, layers] = of(
                 tmp_path,
@@ -217,8 +220,8 @@ def test_the_7b_model_on_24_gb(tmp_path):
                 optim="adamw_torch_fused",
             ).total
     whole = {name: totals[name, 1] + 31 * (totals[name, 2] - totals[name, 1]) for name in ("lora", "qlora")}
-    assert 13 * memory.GIB < whole["lora"] < 24 * memory.GIB
-    assert whole["qlora"] < 12 * memory.GIB
+    assert 13 * GIB < whole["lora"] < 24 * GIB
+    assert whole["qlora"] < 12 * GIB
 
 
 def test_table_adds_up(tmp_path, capsys):
@@ -229,8 +232,8 @@ def test_table_adds_up(tmp_path, capsys):
         == found.total
         == sum(row["bytes"] for name, row in rows.items() if name != "total")
     )
-    assert found.fits(found.total / memory.GIB) and not found.fits((found.total - 1) / memory.GIB)
-    memory.print_memory(found)
+    assert found.fits(found.total / GIB) and not found.fits((found.total - 1) / GIB)
+    print_memory(found)
     printed = capsys.readouterr().out
     assert "weights" in printed and "24 GiB: yes" in printed
 
