@@ -36,7 +36,7 @@ from rich.console import Console
 from tqdm import tqdm
 from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-from backdrop.hub_export.convert import chat_template
+from backdrop.hub_export.chat_template import chat_template
 from backdrop.hub_export.export import export, load_checkpoint
 from backdrop.serving.engine import EngineSettings, batched_tokens, find_engine_python, kv_cache_bytes
 

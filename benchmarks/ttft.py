@@ -56,7 +56,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from backdrop.hub_export.convert import VICUNA_SYSTEM_PROMPT
+from backdrop.hub_export.chat_template import VICUNA_SYSTEM_PROMPT
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.detector_backdrop import Detections, ObjectDetector

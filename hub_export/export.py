@@ -24,7 +24,7 @@ from backdrop.processing.detector_backdrop import DESCRIPTION_NAME
 from backdrop.processing.image_processing_backdrop import DETECTOR_FILES, BackdropImageProcessor
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
-from .convert import extend_model, fold_prefusion
+from .extend import extend_model, fold_prefusion
 from .model_card import licence_text, model_card, notice_text
 
 MODEL_CLASSES = {

@@ -41,7 +41,7 @@ def image_processor(detector) -> BackdropImageProcessor:
 
 @pytest.fixture
 def processor(image_processor) -> BackdropProcessor:
-    from backdrop.hub_export.convert import chat_template
+    from backdrop.hub_export.chat_template import chat_template
 
     tokenizer = tiny.tokenizer()
     BackdropProcessor.add_tokens(tokenizer)

@@ -19,7 +19,7 @@ from trl import ModelConfig, SFTConfig
 from backdrop.data.load import NAMES, examples, load_rows, main, save_rows
 from backdrop.data.rows import TRAINING_FEATURES, BadRowError, BadRows
 from backdrop.data.stored import STRUCTURED_FEATURES
-from backdrop.hub_export.convert import chat_template
+from backdrop.hub_export.chat_template import chat_template
 from backdrop.processing.patch_groups_backdrop import GROUP_ALPHA, METADATA_KEY, save_group
 from backdrop.train.sft import BackdropArguments, build_trainer
 

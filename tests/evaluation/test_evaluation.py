@@ -25,7 +25,7 @@ from backdrop.evaluation import run as runs
 from backdrop.evaluation.answering import MODES, Answerer, load
 from backdrop.evaluation.predictions import Predictions, read_predictions
 from backdrop.evaluation.tasks import TASKS, task
-from backdrop.hub_export.convert import chat_template
+from backdrop.hub_export.chat_template import chat_template
 from backdrop.scenes import exam as scenes
 
 # ---- VQA

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from backdrop.hub_export import export as export_module
-from backdrop.hub_export.convert import chat_template
+from backdrop.hub_export.chat_template import chat_template
 from backdrop.hub_export.export import EXPORTED_NAMES, export, export_checkpoint, load_checkpoint
 from backdrop.hub_export.model_card import REPO_PLACEHOLDER, model_card
 from backdrop.hub_export.verify import clean_environment

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel, Dinov2Model, Qwen2Config, SiglipVisionModel
 
-from backdrop.hub_export.convert import extend_model, fold_prefusion
+from backdrop.hub_export.extend import extend_model, fold_prefusion
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.grouped_vision_backdrop import encode_groups, plan_rows
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration, BackdropModel

@@ -26,7 +26,7 @@ from backdrop.evaluation.answering import load
 from backdrop.experiments.ablate import Matrix, markdown, plot, read_matrix, run_matrix
 from backdrop.experiments.ladder import read_chain, run_ladder
 from backdrop.experiments.steps import load_for_scoring, step, train_stage
-from backdrop.hub_export.convert import chat_template
+from backdrop.hub_export.chat_template import chat_template
 from backdrop.hub_export.export import load_checkpoint
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
