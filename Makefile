@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo test test-fast test-real serve-setup serve-test lmcache-test check format test-oldest clean
+.PHONY: help setup demo test test-fast test-real serve-setup serve-test lmcache-test example check format test-oldest clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -42,6 +42,9 @@ test-fast: setup ## fast tests: no network, tiny models
 test-real: setup ## tests with trained parts and real photos
 	@echo "tests with trained parts and real photos"
 	$(BIN)/python -m pytest -m real -q
+
+example: setup ## renew the code and the card of examples/scenes-model from this source
+	@$(BIN)/python -m backdrop.hub_export.renew examples/scenes-model --notes docs/scenes-model.md
 
 check: setup ## lint and format
 	$(BIN)/ruff check .

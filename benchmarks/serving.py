@@ -37,7 +37,8 @@ from tqdm import tqdm
 from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from backdrop.hub_export.chat_template import chat_template
-from backdrop.hub_export.export import export, load_checkpoint
+from backdrop.hub_export.checkpoint import load_checkpoint
+from backdrop.hub_export.export import export
 from backdrop.serving.engine import EngineSettings, batched_tokens, find_engine_python, kv_cache_bytes
 
 from .report import machine, versions, write_json_atomically

@@ -32,7 +32,7 @@ from backdrop.evaluation.predictions import (
 )
 from backdrop.evaluation.run import PREDICTIONS, evaluate_examples
 from backdrop.evaluation.tasks import task
-from backdrop.hub_export.export import ADAPTER_FILES, load_checkpoint
+from backdrop.hub_export.checkpoint import ADAPTER_FILES, load_checkpoint
 from backdrop.scenes.exam import BATCH, FORMS, MAX_NEW_TOKENS, answer_form, scene_questions
 from backdrop.train.assemble import ModelArguments, assemble
 from backdrop.train.stages import recipe_digest

@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig
 from trl import ModelConfig
 
 from backdrop.hub_export.chat_template import chat_template
-from backdrop.hub_export.export import load_checkpoint
+from backdrop.hub_export.checkpoint import load_checkpoint
 from backdrop.hub_export.extend import extend_model
 from backdrop.hub_export.tokens import prepare_tokens
 from backdrop.modeling.configuration_backdrop import BackdropConfig

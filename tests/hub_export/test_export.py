@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 
 from backdrop.hub_export import export as export_module
 from backdrop.hub_export.chat_template import chat_template
-from backdrop.hub_export.export import EXPORTED_NAMES, export, export_checkpoint, load_checkpoint
+from backdrop.hub_export.checkpoint import load_checkpoint, load_model
+from backdrop.hub_export.export import EXPORTED_NAMES, export, export_checkpoint
+from backdrop.hub_export.extend import extend_model
 from backdrop.hub_export.model_card import REPO_PLACEHOLDER, model_card
 from backdrop.hub_export.verify import clean_environment
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
@@ -298,8 +300,8 @@ def test_adapter_that_added_parts_and_rows(tmp_path):
     model, processor = tiny_pair()
     base = tmp_path / "base"
     model.save_pretrained(base)
-    model, _ = export_module._load(str(base)), None
-    export_module.extend_model(model, num_prefusion_layers=1)
+    model = load_model(str(base))
+    extend_model(model, num_prefusion_layers=1)
     processor.tokenizer.add_tokens([f"new{i}" for i in range(20)])
     model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
     adapted = trained_adapter(
@@ -320,7 +322,7 @@ def test_adapter_that_added_parts_and_rows(tmp_path):
 def test_adapter_whose_base_is_gone(tmp_path):
     model, processor = tiny_pair()
     model.save_pretrained(tmp_path / "base")
-    model, _ = export_module._load(str(tmp_path / "base")), None
+    model = load_model(str(tmp_path / "base"))
     trained_adapter(model, tmp_path / "adapter")
     (tmp_path / "base" / "config.json").unlink()
     with pytest.raises(ValueError, match="is an adapter of '.*base', which cannot be loaded"):

@@ -27,7 +27,7 @@ from backdrop.experiments.ablate import Matrix, markdown, plot, read_matrix, run
 from backdrop.experiments.ladder import read_chain, run_ladder
 from backdrop.experiments.steps import load_for_scoring, step, train_stage
 from backdrop.hub_export.chat_template import chat_template
-from backdrop.hub_export.export import load_checkpoint
+from backdrop.hub_export.checkpoint import load_checkpoint
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.processing_backdrop import BackdropProcessor
