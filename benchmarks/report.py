@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from backdrop.data.atomic import write_atomically
+
 
 def machine(device: str) -> dict:
     """Name of the processor and the GPU, cores, threads, memory in GiB."""
@@ -41,15 +43,6 @@ def versions() -> dict:
         backdrop = described.stdout.strip() or backdrop
     packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "ultralytics")}
     return {**packages, "backdrop": backdrop, "python": platform.python_version()}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file in one step."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def write_json_atomically(path: Path, value) -> None:

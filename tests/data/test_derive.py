@@ -214,7 +214,7 @@ def test_interruptions_and_shards_leave_no_trace(tmp_path_factory, data, count, 
     wanted = make_groups(rows, folder / "whole", shard_rows=100)
     written = -(-count // shard_rows) * 2  # files of a run: data and report of each shard
     stops = data.draw(st.lists(st.integers(0, written - 1), max_size=3), label="file writes until a stop")
-    write = derive_shards._write_atomically
+    write = derive_shards.write_atomically
     for stop in stops:
         left = [stop]
 
@@ -227,13 +227,13 @@ def test_interruptions_and_shards_leave_no_trace(tmp_path_factory, data, count, 
             left[0] -= 1
             return write(path, contents)
 
-        derive_shards._write_atomically = write_some
+        derive_shards.write_atomically = write_some
         try:
             make_groups(rows, folder / "out", shard_rows=shard_rows)
         except Interrupted:
             pass
         finally:
-            derive_shards._write_atomically = write
+            derive_shards.write_atomically = write
     found = make_groups(rows, folder / "out", shard_rows=shard_rows)
     assert contents(folder / "out") == contents(folder / "whole")
     assert (found["rows"], found["counts"], found["bad_rows"]) == (
