@@ -410,16 +410,23 @@ def load_and_answer(job: dict) -> dict:
     return report
 
 
-def run_clean(home: Path, blocked: list[str], **job) -> dict:
-    """`load_and_answer` in a process of its own, in the folder `home`, where the modules `blocked` cannot be imported."""
+def run_clean(home: Path, *jobs: tuple[list[str], dict]) -> dict:
+    """Reports of `load_and_answer` for jobs done in turn by a process of its own, in the folder `home`.
+
+    Each job comes with the modules that cannot be imported while it runs.
+    """
     lines = [
         "import json, sys",
-        f"sys.modules.update(dict.fromkeys({blocked!r}))",
         inspect.getsource(load_and_answer),
-        "report = load_and_answer(json.loads(sys.argv[1]))",
+        "report = {}",
+        "for blocked, job in json.loads(sys.argv[1]):",
+        "    sys.modules.update(dict.fromkeys(blocked))",
+        "    report |= load_and_answer(job)",
+        "    for name in blocked:",
+        "        del sys.modules[name]",
         "print(json.dumps(report))",
     ]
-    command = [sys.executable, "-I", "-c", "\n".join(lines), json.dumps(job)]
+    command = [sys.executable, "-I", "-c", "\n".join(lines), json.dumps(jobs)]
     done = subprocess.run(
         command,
         cwd=home,
@@ -529,13 +536,16 @@ def test_clean_process_answers_the_same(tmp_path):
     put_into_hub_cache(folder, home)
     job = {"images": images, "questions": QUESTIONS}
     blocked = ["backdrop", "ultralytics", "peft", "trl", "datasets", "accelerate"]
-    report = run_clean(home, blocked, sources=[str(folder), REPO], save_to=str(again), snippets=[], **job)
     card = (folder / "README.md").read_text().replace(REPO_PLACEHOLDER, REPO)
     snippets = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     assert len(snippets) == 4
     for name in ("photo.jpg", "frame-1.jpg", "frame-2.jpg"):
         tiny.photo().save(home / name)
-    report |= run_clean(home, ["backdrop"], sources=[str(again)], save_to=None, snippets=snippets, **job)
+    report = run_clean(
+        home,
+        (blocked, {"sources": [str(folder), REPO], "save_to": str(again), "snippets": [], **job}),
+        (["backdrop"], {"sources": [str(again)], "save_to": None, "snippets": snippets, **job}),
+    )
 
     assert report.pop("snippets") > 0
     assert set(report) == {str(folder), REPO, str(again)}
