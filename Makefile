@@ -6,10 +6,14 @@ SERVE := .venv-serve
 BIN := $(VENV)/bin
 # Threads beyond the cores only wait for each other.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+# One test process a core, each with one thread (tests/conftest.py). Each takes about 2 GB; nproc follows OMP_NUM_THREADS.
+WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); test $$n -lt 8 && echo $$n || echo 8)
+# worksteal gives each process a run of neighbouring tests, so that fixtures of a module are mostly made once.
+PARALLEL := -n $(WORKERS) --dist worksteal --durations=20
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo test test-fast test-real serve-setup serve-test lmcache-test check format test-oldest dist clean
+.PHONY: help setup demo test test-fast test-real serve-setup serve-test lmcache-test example check format test-oldest dist docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -37,11 +41,14 @@ test: setup test-fast test-real ## all tests
 
 test-fast: setup ## fast tests: no network, tiny models
 	@echo "fast tests"
-	$(BIN)/python -m pytest -m "not real and not serve" -q
+	$(BIN)/python -m pytest -m "not real and not serve" -q $(PARALLEL)
 
 test-real: setup ## tests with trained parts and real photos
 	@echo "tests with trained parts and real photos"
-	$(BIN)/python -m pytest -m real -q
+	$(BIN)/python -m pytest -m real -q $(PARALLEL)
+
+example: setup ## renew the code and the card of examples/scenes-model from this source
+	@$(BIN)/python -m backdrop.hub_export.renew examples/scenes-model --notes docs/scenes-model.md
 
 check: setup ## lint and format
 	$(BIN)/ruff check .
@@ -71,7 +78,7 @@ lmcache-test: setup serve-setup ## two engines that share backgrounds through LM
 	$(BIN)/python -m pytest tests/serving/engines/test_lmcache.py -q
 
 test-oldest: $(OLDEST)/.installed ## fast tests on the lowest versions that pyproject.toml admits
-	$(OLDEST)/bin/python -m pytest -m "not real and not serve" -q
+	$(OLDEST)/bin/python -m pytest -m "not real and not serve" -q $(PARALLEL)
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	@echo "[1/2] creating $(OLDEST)"

@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from backdrop.data.atomic import replacing, write_atomically
 from backdrop.processing.detections_backdrop import Detections
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.matches_backdrop import MatchReport
@@ -408,20 +409,8 @@ def _mebibytes(count: float) -> str:
 # ---- writing
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well and is gone otherwise."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write_json(path: Path, figures: dict) -> None:
-    with _replacing(path) as temporary:
-        temporary.write_text(json.dumps(figures, indent=2) + "\n")
+    write_atomically(path, json.dumps(figures, indent=2) + "\n")
 
 
 class _MapsWriter:
@@ -480,7 +469,7 @@ class _MapsWriter:
             "refreshed": (np.bool_, (frames,)),
         }
         with (
-            _replacing(self.path) as temporary,
+            replacing(self.path) as temporary,
             zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
         ):
             for name, (dtype, shape) in arrays.items():
@@ -582,6 +571,6 @@ def plot(table: dict[str, np.ndarray], figures: dict, path: Path) -> None:
     margin = max(frames * 0.01, 0.5)
     kept.set_xlim(-margin, frames - 1 + margin)
     kept.xaxis.get_major_locator().set_params(integer=True)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     pyplot.close(figure)

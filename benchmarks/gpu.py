@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 from transformers.utils import is_flash_attn_2_available
 
+from backdrop.data.atomic import write_atomically
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.grouped_vision_backdrop import encode_groups
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
@@ -38,7 +39,7 @@ from backdrop.processing.processing_backdrop import SEPARATOR_TOKENS
 from . import ttft
 from .breakdown import breakdown
 from .breakdown import render as render_breakdown
-from .report import machine, versions, write_atomically, write_json_atomically
+from .report import machine, versions, write_json_atomically
 
 PARTS = ("parity", "ttft", "breakdown", "graphs", "memory", "compiled")
 BATCHES, FRESH_SHARES = (1, 16), (0.05, 0.15)

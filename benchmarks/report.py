@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from backdrop.data.atomic import write_atomically
+
 
 def machine(device: str) -> dict:
     """Name of the processor and the GPU, cores, threads, memory in GiB."""
@@ -48,15 +50,6 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:  # a checkout on the path, a machine without the detector
         return "not installed"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file in one step."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def write_json_atomically(path: Path, value) -> None:

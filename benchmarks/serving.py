@@ -36,8 +36,9 @@ from rich.console import Console
 from tqdm import tqdm
 from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-from backdrop.hub_export.convert import chat_template
-from backdrop.hub_export.export import export, load_checkpoint
+from backdrop.hub_export.chat_template import chat_template
+from backdrop.hub_export.checkpoint import load_checkpoint
+from backdrop.hub_export.export import export
 from backdrop.serving.engine_settings import EngineSettings, find_engine_python
 from backdrop.serving.sizing import batched_tokens, kv_cache_bytes
 

@@ -56,7 +56,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from backdrop.hub_export.convert import VICUNA_SYSTEM_PROMPT
+from backdrop.data.atomic import write_atomically
+from backdrop.hub_export.chat_template import VICUNA_SYSTEM_PROMPT
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.detections_backdrop import Detections
@@ -65,7 +66,7 @@ from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.patch_groups_backdrop import OBJECT
 from backdrop.processing.processing_backdrop import IMAGE_TOKEN, SEPARATOR_TOKENS, BackdropProcessor
 
-from .report import machine, versions, write_atomically, write_json_atomically
+from .report import machine, versions, write_json_atomically
 
 MODES = ("llava", "cold", "tokens", "tokens+prefix")
 MATCHED_MODES = MODES[2:]

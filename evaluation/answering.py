@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from backdrop.hub_export.export import ADAPTER_FILES, load_checkpoint
+from backdrop.hub_export.checkpoint import ADAPTER_FILES, load_checkpoint
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.processing_backdrop import BackdropProcessor
 

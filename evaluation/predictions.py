@@ -111,11 +111,3 @@ def model_fingerprint(model, processor, source: str | Path) -> dict[str, str | N
 
 def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The whole file, or what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from backdrop.data.atomic import write_atomically
 from backdrop.data.rows import BadRows, Example
 
 from .answering import Answerer, load, open_image
 from .metrics import CONFIDENCE, RESAMPLES, Metric, caption_tokenizer, figures
-from .predictions import Predictions, model_fingerprint, read_predictions, write_atomically
+from .predictions import Predictions, model_fingerprint, read_predictions
 from .tasks import Task, task
 
 PREDICTIONS, SUMMARY, TABLE = "predictions.jsonl", "summary.json", "summary.md"

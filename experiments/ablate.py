@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from backdrop.evaluation.predictions import write_atomically
+from backdrop.data.atomic import write_atomically
 
 from .ladder import percent
 from .steps import SWITCHES, headline, read_score, scene_rows, train_stage

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from backdrop.evaluation.predictions import write_atomically
+from backdrop.data.atomic import write_atomically
 
 from .steps import headline, read_score, scene_rows, train_stage
 

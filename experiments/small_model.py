@@ -19,8 +19,8 @@ from pathlib import Path
 
 import yaml
 
+from backdrop.data.atomic import write_atomically
 from backdrop.evaluation.answering import load
-from backdrop.evaluation.predictions import write_atomically
 from backdrop.scenes.exam import markdown, run_scenes
 
 from .steps import folder_digest, run_logged, step, train_stage

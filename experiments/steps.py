@@ -20,6 +20,7 @@ import yaml
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig
 
+from backdrop.data.atomic import write_atomically
 from backdrop.data.load import examples
 from backdrop.data.rows import BadRows
 from backdrop.evaluation.answering import Answerer, load
@@ -28,11 +29,10 @@ from backdrop.evaluation.predictions import (
     Predictions,
     model_fingerprint,
     read_predictions,
-    write_atomically,
 )
 from backdrop.evaluation.run import PREDICTIONS, evaluate_examples
 from backdrop.evaluation.tasks import task
-from backdrop.hub_export.export import ADAPTER_FILES, load_checkpoint
+from backdrop.hub_export.checkpoint import ADAPTER_FILES, load_checkpoint
 from backdrop.scenes.exam import BATCH, FORMS, MAX_NEW_TOKENS, answer_form, scene_questions
 from backdrop.train.assemble import ModelArguments, assemble
 from backdrop.train.stages import recipe_digest

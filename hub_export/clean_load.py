@@ -1,6 +1,6 @@
-"""Loads an exported folder as a stranger's machine would. `verify_in_clean_process` runs this file as a script.
+"""Loads exported folders as a stranger's machine would. `hub_export/verify.py` runs this file as a script.
 
-Prints one JSON line: {"tokens": n} for n prompt tokens of the forward pass that was made, or {"error": "..."}.
+Prints a JSON line for each folder: {"tokens": n} for n prompt tokens of the forward pass that was made, or {"error": "..."}.
 """
 
 import json
@@ -70,11 +70,15 @@ def _groups(side: int, patch_size: int) -> list:
 
 
 if __name__ == "__main__":
-    # Installed or not, the package cannot be imported from here on: the folder must do without it.
+    # Installed or not, the package cannot be imported from here on: the folders must do without it.
     sys.modules["backdrop"] = None
-    try:
-        report = {"tokens": load_and_run(sys.argv[1])}
-    except Exception as error:
-        line = " ".join(f"{type(error).__name__}: {error}".split())
-        report = {"error": line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 4] + " ..."}
-    print(json.dumps(report))
+    reports = []
+    for folder in sys.argv[1:]:
+        try:
+            reports.append({"tokens": load_and_run(folder)})
+        except Exception as error:
+            line = " ".join(f"{type(error).__name__}: {error}".split())
+            line = line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 4] + " ..."
+            reports.append({"error": line})
+    for report in reports:  # after whatever the folders' own code printed
+        print(json.dumps(report))

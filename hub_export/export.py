@@ -14,7 +14,6 @@ from pathlib import Path
 from huggingface_hub.utils import validate_repo_id
 from packaging.requirements import Requirement
 from PIL import Image
-from safetensors import safe_open
 
 import backdrop.modeling
 import backdrop.processing
@@ -24,7 +23,8 @@ from backdrop.processing.detector_files_backdrop import DESCRIPTION_NAME, DETECT
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
-from .convert import extend_model, fold_prefusion
+from .checkpoint import ADAPTER_FILES, load_checkpoint
+from .extend import fold_prefusion
 from .model_card import licence_text, model_card, notice_text
 
 MODEL_CLASSES = {
@@ -35,8 +35,6 @@ MODEL_CLASSES = {
     "AutoModelForMultimodalLM": BackdropForConditionalGeneration,
 }
 PROCESSOR_CLASSES = {"AutoProcessor": BackdropProcessor, "AutoImageProcessor": BackdropImageProcessor}
-SWITCHES = ("trained_on_groups", "separator_token_ids", "masked_attention", "raster_order")
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MAX_SHARD_SIZE = "5GB"
 # Distributions that the exported code imports; their bounds are the package's own.
 LOADING_REQUIREMENTS = ("numpy", "pillow", "safetensors", "torch", "transformers")
@@ -86,14 +84,7 @@ def export(
         processor.save_pretrained(building)
         _copy_code(building)
         _add_auto_maps(building)
-        detector = _detector_source(building)
-        texts = {
-            "README.md": model_card(model.config, out.name, base_model, licence, detector, notes),
-            "LICENSE": licence_text(licence, detector),
-            "requirements.txt": _requirements(),
-        }
-        if detector is not None:
-            texts["NOTICE"] = notice_text(detector)
+        texts = folder_texts(building, model.config, out.name, base_model, licence, notes)
         for name, text in texts.items():
             (building / name).write_text(text, encoding="utf-8")
         files = sorted(
@@ -124,89 +115,6 @@ def export_checkpoint(
     if fold:
         fold_prefusion(model)
     return export(model, processor, out, base_model, licence, notes)
-
-
-def load_checkpoint(
-    checkpoint: str | Path,
-) -> tuple[BackdropForConditionalGeneration, BackdropProcessor]:
-    """Model and processor of a checkpoint folder, an adapter merged into its base.
-
-    The processor beside an adapter counts, else its base's. A `config.json` beside an adapter is the trained model's:
-    it says which parts training added to the base, and whether it saw groups.
-
-    Raises:
-        ValueError: the folder holds no Backdrop model and no adapter of one.
-    """
-    folder = Path(checkpoint)
-    if (folder / ADAPTER_FILES[0]).is_file():
-        return _merged_adapter(folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder} holds neither config.json nor {ADAPTER_FILES[0]}; wanted a checkpoint of a Backdrop model."
-        )
-    return _load(str(folder)), _load_processor(str(folder))
-
-
-def _load(name: str) -> BackdropForConditionalGeneration:
-    found = BackdropConfig.get_config_dict(name)[0].get("model_type")
-    if found != BackdropConfig.model_type:
-        raise ValueError(f"{name!r} is of model type {found!r}; wanted 'backdrop' (convert it first).")
-    return BackdropForConditionalGeneration.from_pretrained(name, dtype="auto")
-
-
-def _load_processor(name: str) -> BackdropProcessor:
-    # Without the flag, transformers asks at the terminal whether to run the code in an exported folder.
-    return BackdropProcessor.from_pretrained(name, trust_remote_code=False)
-
-
-def _merged_adapter(folder: Path) -> tuple[BackdropForConditionalGeneration, BackdropProcessor]:
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ValueError(
-            f"{folder} holds an adapter, and merging it needs peft: pip install peft."
-        ) from error
-    adapter = _read_json(folder / ADAPTER_FILES[0])
-    base = adapter["base_model_name_or_path"]
-    try:
-        model = _load(base)
-    except (OSError, ValueError) as error:
-        line = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{folder} is an adapter of {base!r}, which cannot be loaded: {line}") from error
-    if (folder / "config.json").is_file():
-        trained = BackdropConfig.from_pretrained(folder)
-        extend_model(
-            model,
-            num_prefusion_layers=trained.num_prefusion_layers,
-            prefusion_rotary=trained.prefusion_rotary,
-            separate_vision_towers=trained.separate_vision_towers,
-            separate_projectors=trained.separate_projectors,
-        )
-        # What no weight says: a model that was trained with a switch is not run without it.
-        for name in SWITCHES:
-            setattr(model.config, name, getattr(trained, name))
-    modules = {name.rpartition(".")[-1] for name, _ in model.named_modules()}
-    for name in adapter["modules_to_save"] or ():
-        if name not in modules:
-            raise ValueError(
-                f"{folder} trained the module {name!r}, which its base {base!r} does not have; wanted the trained "
-                "model's config.json beside the adapter."
-            )
-    rows = _adapter_rows(folder / ADAPTER_FILES[1])
-    if rows not in (None, model.get_input_embeddings().weight.shape[0]):
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
-    beside = (folder / "processor_config.json").is_file()
-    return model, _load_processor(str(folder) if beside else base)
-
-
-def _adapter_rows(path: Path) -> int | None:
-    """Rows of the embedding table that an adapter brings along whole; None: it brings none."""
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            if re.search(r"embed_tokens\.(base_layer\.)?weight$", name):
-                return file.get_slice(name).get_shape()[0]
-    return None
 
 
 # ---- checks
@@ -265,15 +173,37 @@ def _check_replaceable(out: Path) -> None:
 # ---- the folder's parts
 
 
-def _copy_code(folder: Path) -> None:
-    """The packages' files side by side: custom code on the Hub can import flat siblings only."""
+def code_files() -> dict[str, Path]:
+    """The code of an exported folder by name: custom code on the Hub can import flat siblings only."""
+    found: dict[str, Path] = {}
     for package in (backdrop.modeling, backdrop.processing):
         for source in sorted(Path(package.__file__).parent.glob("*.py")):
             if source.name == "__init__.py":
                 continue
-            if (folder / source.name).exists():
+            if source.name in found:
                 raise ValueError(f"Two code files are named {source.name}; wanted unique names.")
-            shutil.copyfile(source, folder / source.name)
+            found[source.name] = source
+    return found
+
+
+def folder_texts(
+    folder: Path, config: BackdropConfig, name: str, base_model: str | None, licence: str, notes: str
+) -> dict[str, str]:
+    """Card, licences and requirements by file name; `folder` holds the processor's files already. Else as `export`."""
+    detector = _detector_source(folder)
+    texts = {
+        "README.md": model_card(config, name, base_model, licence, detector, notes),
+        "LICENSE": licence_text(licence, detector),
+        "requirements.txt": _requirements(),
+    }
+    if detector is not None:
+        texts["NOTICE"] = notice_text(detector)
+    return texts
+
+
+def _copy_code(folder: Path) -> None:
+    for name, source in code_files().items():
+        shutil.copyfile(source, folder / name)
 
 
 def _add_auto_maps(folder: Path) -> None:

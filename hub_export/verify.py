@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("clean_load.py")
@@ -22,13 +23,27 @@ def verify_in_clean_process(folder: str | Path) -> None:
     Raises:
         ValueError: it did not load or run; the message ends in the one line that says why.
     """
-    folder = Path(folder).resolve()
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json; wanted an exported folder.")
+    (reason,) = load_failures([folder])
+    if reason is not None:
+        raise ValueError(f"{Path(folder).resolve()} does not load in a clean process: {reason}")
+
+
+def load_failures(folders: Sequence[str | Path]) -> list[str | None]:
+    """Why each of `folders` does not load in the clean process, None where it does. See `verify_in_clean_process`.
+
+    One process loads them one after the other, so that what it imports is imported once.
+
+    Raises:
+        ValueError: one is no exported folder, or the process did not end within `TIMEOUT_S`.
+    """
+    folders = [Path(folder).resolve() for folder in folders]
+    for folder in folders:
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} holds no config.json; wanted an exported folder.")
     with tempfile.TemporaryDirectory(prefix="backdrop-verify-") as home:
         try:
             done = subprocess.run(
-                [sys.executable, "-I", str(SCRIPT), str(folder)],
+                [sys.executable, "-I", str(SCRIPT), *map(str, folders)],
                 cwd=home,
                 env=clean_environment(home),
                 stdin=subprocess.DEVNULL,
@@ -39,11 +54,9 @@ def verify_in_clean_process(folder: str | Path) -> None:
             )
         except subprocess.TimeoutExpired:
             raise ValueError(
-                f"{folder} did not load in a clean process within {TIMEOUT_S} s; it was ended."
+                f"{', '.join(map(str, folders))} did not load in a clean process within {TIMEOUT_S} s; it was ended."
             ) from None
-    reason = _reason(done)
-    if reason is not None:
-        raise ValueError(f"{folder} does not load in a clean process: {reason}")
+    return _reasons(done, len(folders))
 
 
 def clean_environment(home: str | Path) -> dict[str, str]:
@@ -57,11 +70,14 @@ def clean_environment(home: str | Path) -> dict[str, str]:
     }
 
 
-def _reason(done: subprocess.CompletedProcess) -> str | None:
-    """Why the clean process failed, None if it did not. The report is the last line that it printed."""
-    lines = done.stdout.splitlines()
+def _reasons(done: subprocess.CompletedProcess, folders: int) -> list[str | None]:
+    """Why each folder failed, None if it did not. The reports are the last lines that the process printed."""
     try:
-        return json.loads(lines[-1]).get("error")
-    except (IndexError, ValueError, AttributeError):
-        told = [line for line in done.stderr.splitlines() if line.strip()]
-        return f"the process ended with {done.returncode}: {told[-1] if told else 'without a word'}"
+        reports = [json.loads(line) for line in done.stdout.splitlines()[-folders:]]
+        reasons = [report.get("error") for report in reports]
+    except (ValueError, AttributeError):
+        reasons = []
+    if len(reasons) == folders:
+        return reasons
+    told = [line for line in done.stderr.splitlines() if line.strip()]
+    return [f"the process ended with {done.returncode}: {told[-1] if told else 'no message'}"] * folders

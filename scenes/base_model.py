@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from backdrop.hub_export.convert import SEPARATOR_WORDS, chat_template, prepare_tokens
+from backdrop.hub_export.chat_template import chat_template
+from backdrop.hub_export.tokens import SEPARATOR_WORDS, prepare_tokens
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.detector_backdrop import ObjectDetector

@@ -28,9 +28,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from backdrop.data.atomic import write_atomically
 from backdrop.evaluation.answering import Answerer, PreparedImages, load
 from backdrop.evaluation.metrics import METRICS, figures
-from backdrop.evaluation.predictions import Predictions, model_fingerprint, write_atomically
+from backdrop.evaluation.predictions import Predictions, model_fingerprint
 from backdrop.evaluation.run import reuse
 from backdrop.scenes.world import FAMILIES, Question, Scene, Split, background_seeds, disturbed, render_scene
 

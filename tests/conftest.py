@@ -1,7 +1,14 @@
-"""One thread per test process, fixed seeds, and no network whatever a test does."""
+"""Fixed seeds, no network whatever a test does, and one thread for each of several test processes."""
 
 import os
+import tempfile
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported; what a test starts inherits it. More threads than cores only wait for each other.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    # transformers copies a folder's code there before it imports it; two processes must not write the same copy.
+    _modules = tempfile.TemporaryDirectory(prefix="backdrop-test-modules-")
+    os.environ["HF_MODULES_CACHE"] = _modules.name
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -41,7 +48,7 @@ def image_processor(detector) -> BackdropImageProcessor:
 
 @pytest.fixture
 def processor(image_processor) -> BackdropProcessor:
-    from backdrop.hub_export.convert import chat_template
+    from backdrop.hub_export.chat_template import chat_template
 
     tokenizer = tiny.tokenizer()
     BackdropProcessor.add_tokens(tokenizer)

@@ -11,8 +11,10 @@ import torch
 from transformers import BitsAndBytesConfig
 from trl import ModelConfig
 
-from backdrop.hub_export.convert import chat_template, extend_model, prepare_tokens
-from backdrop.hub_export.export import load_checkpoint
+from backdrop.hub_export.chat_template import chat_template
+from backdrop.hub_export.checkpoint import load_checkpoint
+from backdrop.hub_export.extend import extend_model
+from backdrop.hub_export.tokens import prepare_tokens
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.detector_backdrop import ObjectDetector

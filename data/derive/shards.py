@@ -40,6 +40,7 @@ from datasets.config import (
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from backdrop.data.atomic import write_atomically
 from backdrop.data.rows import TRAINING_FEATURES, BadRowError, BadRows
 
 RECORD = "derived.json"  # beside the data: what it was made from, with what, and what came of it
@@ -287,25 +288,14 @@ def _write_arrow(path: Path, rows: list[dict], features: Features) -> None:
     """Rows as an Arrow stream, the form of `save_to_disk`."""
     columns = {name: [row[name] for row in rows] for name in features}
     table = Dataset.from_dict(columns, features=features).with_format("arrow")[:]
-
-    def write(file) -> None:
-        with pyarrow.ipc.new_stream(file, features.arrow_schema) as writer:
-            writer.write_table(table)
-
-    _write_atomically(path, write)
+    stream = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(stream, features.arrow_schema) as writer:
+        writer.write_table(table)
+    write_atomically(path, memoryview(stream.getvalue()))
 
 
 def _write_json(path: Path, value: Any) -> None:
-    _write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
-
-
-def _write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 @contextmanager

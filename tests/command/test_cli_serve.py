@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 import backdrop.serve as command
 from backdrop.cli import app
-from backdrop.hub_export.convert import extend_model
+from backdrop.hub_export.extend import extend_model
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 
 MODEL = str(EXAMPLE)

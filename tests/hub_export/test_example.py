@@ -1,26 +1,49 @@
 """The committed small model is what this source exports, and it answers."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from paths import EXAMPLE
+from paths import EXAMPLE, ROOT
 
 from backdrop import modeling, processing
 from backdrop.experiments.steps import SceneScore, headline
+from backdrop.hub_export.renew import outdated, renew
 from backdrop.scenes.exam import FORMS
 
 FOLDER = EXAMPLE
+NOTES = ROOT / "docs" / "scenes-model.md"
 
 
-def test_its_code_is_this_source():
-    for package in (modeling, processing):
-        for source in Path(package.__file__).parent.glob("*_backdrop.py"):
-            assert (FOLDER / source.name).read_text() == source.read_text(), (
-                f"{source.name} differs: run `backdrop export examples/scenes-model examples/scenes-model --notes ...`"
-            )
+def test_its_code_and_card_are_of_this_source():
+    changes = outdated(FOLDER, notes=NOTES.read_text(encoding="utf-8"))
+    assert not changes, f"{', '.join(changes)} of {FOLDER.name} differ from the source: run `make example`"
+
+
+def test_renewing_changes_code_and_texts_and_nothing_else(tmp_path):
+    folder = tmp_path / FOLDER.name
+    shutil.copytree(FOLDER, folder)
+    notes = NOTES.read_text(encoding="utf-8")
+    renew(folder, notes=notes)  # whatever the state of the example itself
+    current = {path.name: path.read_bytes() for path in folder.iterdir()}
+    code = {
+        source.name: source.read_bytes()
+        for package in (modeling, processing)
+        for source in Path(package.__file__).parent.glob("*_backdrop.py")
+    }
+    assert code and code == {name: data for name, data in current.items() if name.endswith(".py")}
+    (folder / "modeling_backdrop.py").write_text("# old")
+    (folder / "gone_backdrop.py").write_text("# of an earlier version")
+    (folder / "README.md").unlink()
+    assert renew(folder, notes=notes) == ["README.md", "gone_backdrop.py", "modeling_backdrop.py"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == current
+    assert renew(folder, notes=notes) == []
+    for path in FOLDER.iterdir():
+        if path.suffix in (".safetensors", ".json", ".jinja"):
+            assert current[path.name] == path.read_bytes()
 
 
 @pytest.mark.real

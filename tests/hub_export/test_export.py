@@ -18,8 +18,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from backdrop.hub_export import export as export_module
-from backdrop.hub_export.convert import chat_template
-from backdrop.hub_export.export import EXPORTED_NAMES, export, export_checkpoint, load_checkpoint
+from backdrop.hub_export.chat_template import chat_template
+from backdrop.hub_export.checkpoint import load_checkpoint, load_model
+from backdrop.hub_export.export import EXPORTED_NAMES, export, export_checkpoint
+from backdrop.hub_export.extend import extend_model
 from backdrop.hub_export.model_card import REPO_PLACEHOLDER, model_card
 from backdrop.hub_export.verify import clean_environment
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
@@ -298,8 +300,8 @@ def test_adapter_that_added_parts_and_rows(tmp_path):
     model, processor = tiny_pair()
     base = tmp_path / "base"
     model.save_pretrained(base)
-    model, _ = export_module._load(str(base)), None
-    export_module.extend_model(model, num_prefusion_layers=1)
+    model = load_model(str(base))
+    extend_model(model, num_prefusion_layers=1)
     processor.tokenizer.add_tokens([f"new{i}" for i in range(20)])
     model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
     adapted = trained_adapter(
@@ -320,7 +322,7 @@ def test_adapter_that_added_parts_and_rows(tmp_path):
 def test_adapter_whose_base_is_gone(tmp_path):
     model, processor = tiny_pair()
     model.save_pretrained(tmp_path / "base")
-    model, _ = export_module._load(str(tmp_path / "base")), None
+    model = load_model(str(tmp_path / "base"))
     trained_adapter(model, tmp_path / "adapter")
     (tmp_path / "base" / "config.json").unlink()
     with pytest.raises(ValueError, match="is an adapter of '.*base', which cannot be loaded"):
@@ -408,16 +410,23 @@ def load_and_answer(job: dict) -> dict:
     return report
 
 
-def run_clean(home: Path, blocked: list[str], **job) -> dict:
-    """`load_and_answer` in a process of its own, in the folder `home`, where the modules `blocked` cannot be imported."""
+def run_clean(home: Path, *jobs: tuple[list[str], dict]) -> dict:
+    """Reports of `load_and_answer` for jobs done in turn by a process of its own, in the folder `home`.
+
+    Each job comes with the modules that cannot be imported while it runs.
+    """
     lines = [
         "import json, sys",
-        f"sys.modules.update(dict.fromkeys({blocked!r}))",
         inspect.getsource(load_and_answer),
-        "report = load_and_answer(json.loads(sys.argv[1]))",
+        "report = {}",
+        "for blocked, job in json.loads(sys.argv[1]):",
+        "    sys.modules.update(dict.fromkeys(blocked))",
+        "    report |= load_and_answer(job)",
+        "    for name in blocked:",
+        "        del sys.modules[name]",
         "print(json.dumps(report))",
     ]
-    command = [sys.executable, "-I", "-c", "\n".join(lines), json.dumps(job)]
+    command = [sys.executable, "-I", "-c", "\n".join(lines), json.dumps(jobs)]
     done = subprocess.run(
         command,
         cwd=home,
@@ -527,13 +536,16 @@ def test_clean_process_answers_the_same(tmp_path):
     put_into_hub_cache(folder, home)
     job = {"images": images, "questions": QUESTIONS}
     blocked = ["backdrop", "ultralytics", "peft", "trl", "datasets", "accelerate"]
-    report = run_clean(home, blocked, sources=[str(folder), REPO], save_to=str(again), snippets=[], **job)
     card = (folder / "README.md").read_text().replace(REPO_PLACEHOLDER, REPO)
     snippets = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     assert len(snippets) == 4
     for name in ("photo.jpg", "frame-1.jpg", "frame-2.jpg"):
         tiny.photo().save(home / name)
-    report |= run_clean(home, ["backdrop"], sources=[str(again)], save_to=None, snippets=snippets, **job)
+    report = run_clean(
+        home,
+        (blocked, {"sources": [str(folder), REPO], "save_to": str(again), "snippets": [], **job}),
+        (["backdrop"], {"sources": [str(again)], "save_to": None, "snippets": snippets, **job}),
+    )
 
     assert report.pop("snippets") > 0
     assert set(report) == {str(folder), REPO, str(again)}

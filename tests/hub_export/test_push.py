@@ -1,5 +1,6 @@
 """Pushing to a stand-in for the Hub: one commit with everything, or nothing and one line that says why."""
 
+import re
 import shutil
 import time
 
@@ -11,7 +12,7 @@ from test_export import tiny_pair
 from backdrop.hub_export import push as push_module
 from backdrop.hub_export.export import export
 from backdrop.hub_export.push import PushError, push
-from backdrop.hub_export.verify import verify_in_clean_process
+from backdrop.hub_export.verify import load_failures
 
 REPO = "writer/tiny"
 
@@ -42,8 +43,10 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def verified(monkeypatch):
-    """Skips the clean process, which takes seconds, where something else is tested."""
-    monkeypatch.setattr(push_module, "verify_in_clean_process", lambda folder: None)
+    """The folders that a push verified. Skips the clean process, which takes seconds, where something else is tested."""
+    folders = []
+    monkeypatch.setattr(push_module, "verify_in_clean_process", folders.append)
+    return folders
 
 
 def upload(folder, hub, **options):
@@ -56,10 +59,10 @@ def expected_files(folder):
     return {**files, "README.md": files["README.md"].replace(b"OWNER/NAME", REPO.encode())}
 
 
-@pytest.mark.slow
-def test_whole_folder_in_one_commit(folder, hub):
+def test_whole_folder_in_one_commit(folder, hub, verified):
     url = upload(folder, hub)
     repository = hub.repositories[REPO]
+    assert verified == [folder]
     assert len(repository.commits) == 1
     assert url == f"{hub.endpoint}/{REPO}/commit/{repository.head}"
     assert not repository.private
@@ -86,23 +89,24 @@ def test_what_is_no_export_is_refused_before_any_request(tmp_path, hub):
     assert hub.requests == []
 
 
+DAMAGE = {
+    # file: (what happens to it, what is said about it)
+    "model.safetensors": (lambda data: data[:-1000], "SafetensorError"),
+    "processor_config.json": (lambda data: data.replace(b"AutoProcessor", b"Auto"), "wanted BackdropProc"),
+    "modeling_backdrop.py": (lambda data: data + b"\nimport backdrop\n", "import of backdrop halted"),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "damage", "message"),
-    [
-        ("model.safetensors", lambda data: data[:-1000], "SafetensorError"),
-        (
-            "processor_config.json",
-            lambda data: data.replace(b"AutoProcessor", b"Auto"),
-            "wanted BackdropProc",
-        ),
-        ("modeling_backdrop.py", lambda data: data + b"\nimport backdrop\n", "import of backdrop halted"),
-    ],
-)
-def test_damage_is_found(folder, name, damage, message):
-    (folder / name).write_bytes(damage((folder / name).read_bytes()))
-    with pytest.raises(ValueError, match=f"does not load in a clean process: .*{message}"):
-        verify_in_clean_process(folder)
+def test_damage_is_found(exported, tmp_path):
+    """All in one clean process; a folder that is whole comes last and does not suffer from those before it."""
+    for name, (damage, _) in DAMAGE.items():
+        folder = shutil.copytree(exported, tmp_path / f"without_{name.partition('.')[0]}")
+        (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    *reasons, whole = load_failures([*sorted(tmp_path.iterdir()), exported])
+    for name, reason in zip(sorted(DAMAGE), reasons, strict=True):
+        assert re.search(DAMAGE[name][1], reason), (name, reason)
+    assert whole is None
 
 
 def test_second_push_replaces_what_changed(folder, hub, verified):

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from backdrop.hub_export.convert import extend_model
+from backdrop.hub_export.extend import extend_model
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 
 

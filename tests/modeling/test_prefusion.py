@@ -6,7 +6,7 @@ import torch
 from model_inputs import batch, positions, trained_prefusion
 from transformers import Qwen2Config
 
-from backdrop.hub_export.convert import extend_model, fold_prefusion
+from backdrop.hub_export.extend import extend_model, fold_prefusion
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 

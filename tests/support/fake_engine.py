@@ -370,7 +370,7 @@ def red_processor() -> BackdropProcessor:
     import tiny
     from red_detector import RedDetector
 
-    from backdrop.hub_export.convert import chat_template
+    from backdrop.hub_export.chat_template import chat_template
     from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 
     side = {"height": tiny.SIDE, "width": tiny.SIDE}

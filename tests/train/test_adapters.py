@@ -7,7 +7,8 @@ from trl import ModelConfig
 
 from backdrop.evaluation.answering import load
 from backdrop.experiments.steps import load_for_scoring
-from backdrop.hub_export.export import export_checkpoint, load_checkpoint
+from backdrop.hub_export.checkpoint import load_checkpoint
+from backdrop.hub_export.export import export_checkpoint
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.train.arguments import parse

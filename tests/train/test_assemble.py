@@ -3,7 +3,7 @@
 import torch
 from trl import ModelConfig
 
-from backdrop.hub_export.convert import chat_template
+from backdrop.hub_export.chat_template import chat_template
 from backdrop.train.assemble import ModelArguments, assemble
 
 

@@ -5,8 +5,8 @@ import yaml
 from trainings import CPU, trainer_for
 from trl import ModelConfig, SFTConfig
 
-from backdrop.train.arguments import parse
-from backdrop.train.sft import BackdropArguments, build_trainer, run
+from backdrop.train.arguments import BackdropArguments, parse
+from backdrop.train.sft import build_trainer, run
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import tiny
 import torch
 from running import BLOCK, MODEL
 
-from backdrop.hub_export.convert import chat_template, fold_prefusion
+from backdrop.hub_export.chat_template import chat_template
 from backdrop.hub_export.export import export
+from backdrop.hub_export.extend import fold_prefusion
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.patch_groups_backdrop import group_to_image
