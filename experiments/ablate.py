@@ -21,8 +21,8 @@ import yaml
 from tqdm import tqdm
 
 from backdrop.evaluation.predictions import write_atomically
+from backdrop.scenes.exam_report import percent
 
-from .ladder import percent
 from .steps import SWITCHES, headline, read_score, scene_rows, train_stage
 
 KEYS = {"start", "out", "design", "seeds", "rows", "score", "base", "axes"}

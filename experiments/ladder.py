@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from backdrop.evaluation.predictions import write_atomically
+from backdrop.scenes.exam_report import percent
 
 from .steps import headline, read_score, scene_rows, train_stage
 
@@ -82,12 +83,6 @@ def markdown(report: dict) -> str:
                 f"| {stage} | {form} | {score['questions']} | {percent(score)} | {percent(score['difference'], True)} |"
             )
     return "\n".join(lines)
-
-
-def percent(value: dict, signed: bool = False) -> str:
-    """`94.5 [93.1, 95.6]`; differences with their sign."""
-    form = "{:+.1f}" if signed else "{:.1f}"
-    return f"{form.format(100 * value['value'])} [{form.format(100 * value['low'])}, {form.format(100 * value['high'])}]"
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ from PIL import Image
 from red_square import scene
 
 import backdrop.processing.reference_store_backdrop as store_module
-from backdrop.benchmarks.synthetic_camera import plant_character
 from backdrop.processing.background_matching_backdrop import BackgroundMatcher
 from backdrop.processing.patch_groups_backdrop import (
     BACKGROUND,
@@ -22,6 +21,7 @@ from backdrop.processing.patch_groups_backdrop import (
     reusable_patches,
 )
 from backdrop.processing.reference_store_backdrop import ReferenceStore
+from backdrop.scenes.recording import plant_character
 from backdrop.scenes.world import render_scene
 
 WHOLE = np.ones(16, dtype=bool)
