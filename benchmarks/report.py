@@ -1,11 +1,13 @@
-"""What every benchmark's report needs: the machine, the versions, files that are whole or not there."""
+"""What every benchmark's report needs: the machine, the versions, files that are whole or not there, plots."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -43,15 +45,50 @@ def versions() -> dict:
     return {**packages, "backdrop": backdrop, "python": platform.python_version()}
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends well and is gone otherwise."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file in one step."""
+    """Writes a text file in one step; its folder is made if need be."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text)
-    os.replace(partial, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 def write_json_atomically(path: Path, value) -> None:
     """Writes JSON in one step."""
     write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def pyplot():
+    """matplotlib's pyplot, drawing to files.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ValueError(
+            "A plot needs matplotlib, which is not installed: `pip install matplotlib`, or leave the plot out."
+        ) from error
+    return plt
+
+
+def format_seconds(seconds: float) -> str:
+    """`1.23 s`, `123 ms` or `12.3 ms`."""
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{1000 * seconds:.0f} ms" if seconds >= 0.1 else f"{1000 * seconds:.1f} ms"

@@ -40,20 +40,12 @@ from backdrop.hub_export.convert import chat_template
 from backdrop.hub_export.export import export, load_checkpoint
 from backdrop.serving.engine import EngineSettings, batched_tokens, find_engine_python, kv_cache_bytes
 
+from .contenders import backdrop_processor, build_llava, llava_processor, sharing_backdrop
+from .frames import background_image, draw_frame
+from .planted_detector import build_detector, build_yolo
 from .report import machine, versions, write_json_atomically
+from .shapes import QUESTION, SHAPES
 from .traffic import Ask, Outcome, SceneTraffic, drive, is_foreign, png_url, summarize
-from .ttft import (
-    QUESTION,
-    SHAPES,
-    backdrop_processor,
-    background_image,
-    build_detector,
-    build_llava,
-    build_yolo,
-    draw_frame,
-    llava_processor,
-    sharing_backdrop,
-)
 
 MODES = ("split", "whole", "llava")
 # No detector knows the objects of drawn noise, so that those of a frame and those of its reference both count as stale.

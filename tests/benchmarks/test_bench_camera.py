@@ -276,7 +276,7 @@ def test_memory_does_not_grow_with_the_frames(tmp_path):
             tracemalloc.stop()
 
     peak(2)  # first calls pay for imports and tables
-    few, many = peak(5), peak(15)  # 100 and 300 frames
+    few, many = peak(2), peak(8)  # 40 and 160 frames
     assert abs(many - few) < 6 * 3 * tiny.SIDE**2
 
 
