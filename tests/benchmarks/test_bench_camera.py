@@ -9,8 +9,9 @@ import pytest
 import tiny
 from PIL import Image
 
-from backdrop.benchmarks import camera
-from backdrop.benchmarks.camera import open_recording, run_camera, summary
+from backdrop.benchmarks import camera, camera_maps, camera_plot, camera_run
+from backdrop.benchmarks.camera import run_camera, summary
+from backdrop.benchmarks.recordings import Recording, open_recording
 
 KEYS = {
     "frames",
@@ -208,7 +209,7 @@ def test_a_truncated_frame_and_a_group_are_named_and_nothing_is_left(folder, tmp
 
 @pytest.mark.parametrize("done", [0, 7])
 def test_ctrl_c_leaves_the_figures_so_far_and_nothing_half_written(folder, tmp_path, monkeypatch, done):
-    whole = camera.Recording.frames
+    whole = Recording.frames
 
     def interrupted(self):
         for i, image in enumerate(whole(self)):
@@ -216,7 +217,7 @@ def test_ctrl_c_leaves_the_figures_so_far_and_nothing_half_written(folder, tmp_p
                 raise KeyboardInterrupt
             yield image
 
-    monkeypatch.setattr(camera.Recording, "frames", interrupted)
+    monkeypatch.setattr(Recording, "frames", interrupted)
     targets = {"json_path": tmp_path / "f.json", "maps_path": tmp_path / "m.npz", "plot_path": tmp_path / "p"}
     with pytest.raises(KeyboardInterrupt):
         run_camera(folder, processor=small_processor(), tolerance=6, **targets)
@@ -232,7 +233,7 @@ def test_ctrl_c_while_the_maps_are_put_together(folder, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(camera.shutil, "copyfileobj", interrupted)
+    monkeypatch.setattr(camera_maps.shutil, "copyfileobj", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_camera(
             folder, processor=small_processor(), tolerance=6, max_frames=3, maps_path=tmp_path / "m.npz"
@@ -283,8 +284,8 @@ def test_memory_does_not_grow_with_the_frames(tmp_path):
 @pytest.mark.parametrize("frames", [1, 50, 10_000])
 def test_a_plot_of_any_length_is_an_image(tmp_path, frames):
     rng = np.random.default_rng(0)
-    table = {name: rng.uniform(0, 5, frames) for name in camera._COLUMNS}
-    table["state"] = rng.choice([camera.HIT, camera.REFRESH, camera.MISS], frames).astype(float)
+    table = {name: rng.uniform(0, 5, frames) for name in camera_run.COLUMNS}
+    table["state"] = rng.choice([camera_run.HIT, camera_run.REFRESH, camera_run.MISS], frames).astype(float)
     figures = {
         "source": "made up",
         "frames": frames,
@@ -294,7 +295,7 @@ def test_a_plot_of_any_length_is_an_image(tmp_path, frames):
         "patches_per_frame": 16,
         "peak_cache_bytes": 5,
     }
-    camera.plot(table, figures, tmp_path / "p.png")
+    camera_plot.plot(table, figures, tmp_path / "p.png")
     with Image.open(tmp_path / "p.png") as picture:
         picture.load()
         assert picture.format == "PNG"
