@@ -10,8 +10,13 @@ from .shapes import Shape
 
 @dataclass(frozen=True)
 class Frame:
-    """`image` (PIL, RGB), the patches `[P]` bool that differ from the background, the box around them (xyxy, model
-    pixels) or None."""
+    """A frame and what is known about it.
+
+    Attributes:
+        image: PIL, RGB, at the source's size.
+        changed: bool `[P]`, the patches that differ from the background.
+        box: around them, xyxy in pixels at the model's geometry; None: nothing changed.
+    """
 
     image: Image.Image
     changed: np.ndarray

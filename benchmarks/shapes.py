@@ -128,7 +128,7 @@ SHAPES = {
 
 
 def needed_bytes(shape: Shape, dtype: torch.dtype, batch: int) -> int:
-    """What a run needs, roughly: the weights, and keys and values of a batch, stored, joined and in use."""
+    """Bytes that a run needs, roughly: the weights, and a batch's keys and values three times (cached, joined, in use)."""
     with torch.device("meta"):
         parameters = LlavaForConditionalGeneration(shape.llava_config()).num_parameters()
     text = LlamaConfig(**shape.text)

@@ -61,7 +61,14 @@ class SceneQuestion:
 
 @dataclass(frozen=True)
 class SceneCase:
-    """Two frames of one background, and what is asked about the later one."""
+    """Two frames of one background, and what is asked about the later one.
+
+    Attributes:
+        number: of the scene, from 0.
+        earlier, scene: the frames as they are drawn.
+        earlier_image, image: the frames as the model sees them (RGB), disturbed or not.
+        questions: about the later frame.
+    """
 
     number: int
     earlier: Scene
@@ -171,7 +178,7 @@ FORMS = {
 
 
 def _prepare(answerer: Answerer, form: Form, cases: list[SceneCase]) -> list[PreparedImages]:
-    """The frames, each with nothing but its own earlier frame to reuse."""
+    """The frames, prepared one by one, so that each can reuse its own earlier frame and no other."""
     if form.earlier == "unused":
         return answerer.prepare([[case.image] for case in cases])
     matcher = answerer.processor.background_matching
@@ -217,7 +224,7 @@ def _ask(answerer: Answerer, form: Form, waiting: list[tuple[SceneCase, list[Sce
         for (case, questions), images in zip(waiting, prepared, strict=True)
         for question in questions
     ]
-    # A stale background that was not taken says nothing about who wins.
+    # Where the matcher refused the stale background nothing contradicts the fresh patches, so nothing is asked.
     put = [row for row in asked if form.earlier != "reference" or row[1].matched]
     texts = iter(
         answerer.answer([images for _, images, _ in put], [q.question.question for _, _, q in put])

@@ -39,7 +39,7 @@ FEATURES = Features(
 FEATURES_IN_PARTS = Features({**FEATURES, "messages": STRUCTURED_FEATURES["messages"]})
 
 FORMS = ("whole", "split", "pair", "stale")
-BATCH = 32
+BATCH = 32  # scenes that the detector sees together
 CAMERA_TOLERANCE = 10.0  # grey levels; noise and light of `disturbed` differ by less between two frames
 # Streets have the most to ask, and what takes longest to learn: places and plates.
 FAMILY_WEIGHTS = {name: scene_family(name).training_weight for name in FAMILIES}

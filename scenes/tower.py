@@ -165,7 +165,7 @@ def class_weights(labels: np.ndarray, classes: int) -> torch.Tensor:
 
 
 def learning_rate_at(step: int, steps: int, warmup_steps: int, peak: float) -> float:
-    """Linear warmup, then a cosine down to a hundredth of the peak."""
+    """The learning rate of a step: linear warmup, then a cosine down to a hundredth of the peak."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
