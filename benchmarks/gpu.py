@@ -36,10 +36,24 @@ from backdrop.modeling.grouped_vision_backdrop import encode_groups
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.processing_backdrop import SEPARATOR_TOKENS
 
-from . import ttft
+from . import contenders
 from .breakdown import breakdown
 from .breakdown import render as render_breakdown
+from .contenders import (
+    CACHE_BYTES,
+    MIN_REUSE,
+    TOLERANCE,
+    Bench,
+    backdrop_processor,
+    build_llava,
+    llava_processor,
+    sharing_backdrop,
+)
+from .frames import Frame, background_image, draw_frame
+from .planted_detector import PlantedDetector, build_detector
 from .report import machine, versions, write_json_atomically
+from .shapes import DTYPES, PROMPT, SHAPES, Shape, build_tokenizer
+from .ttft import run_cell
 
 PARTS = ("parity", "ttft", "breakdown", "graphs", "memory", "compiled")
 BATCHES, FRESH_SHARES = (1, 16), (0.05, 0.15)
@@ -81,7 +95,7 @@ def run_gpu(
 
     Args:
         device: "cuda", "cuda:1" or "cpu".
-        shape: a name in `ttft.SHAPES`, for the parts that time something.
+        shape: a name in `SHAPES`, for the parts that time something.
         seconds: no part or cell starts after so long; what was left out is named in the report.
 
     Returns:
@@ -93,8 +107,8 @@ def run_gpu(
     for part in parts:
         if part not in PARTS:
             raise ValueError(f"part is {part!r}; wanted one of {', '.join(PARTS)}.")
-    if shape not in ttft.SHAPES:
-        raise ValueError(f"shape is {shape!r}; wanted one of {', '.join(ttft.SHAPES)}.")
+    if shape not in SHAPES:
+        raise ValueError(f"shape is {shape!r}; wanted one of {', '.join(SHAPES)}.")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {device!r}, but torch finds no CUDA device; wanted 'cpu'.")
     out = Path(out)
@@ -146,17 +160,17 @@ class NoDetector:
     names = {0: "object"}
 
     def detect(self, images: Sequence[np.ndarray], **options) -> list:
-        """Nothing is looked at; `ttft.PlantedDetector` puts the planted boxes in place."""
+        """Nothing is looked at; `PlantedDetector` puts the planted boxes in place."""
         return [None] * len(images)
 
 
-def build_bench(shape: str, device: str, dtype: str) -> ttft.Bench:
-    """As `ttft.build_bench`, on machines without ultralytics too."""
+def build_bench(shape: str, device: str, dtype: str) -> Bench:
+    """As `contenders.build_bench`, on machines without ultralytics too."""
     try:
-        detector = ttft.build_detector(device)
+        detector = build_detector(device)
     except ImportError:
-        detector = ttft.PlantedDetector(NoDetector())
-    return ttft.build_bench(shape, device, dtype, detector)
+        detector = PlantedDetector(NoDetector())
+    return contenders.build_bench(shape, device, dtype, detector)
 
 
 # ---- parity
@@ -202,9 +216,9 @@ def parity(run: GpuRun) -> None:
 
 @torch.no_grad()
 def _parity_cell(shape_name: str, device: str, dtype: str, attention: str) -> dict:
-    shape = ttft.SHAPES[shape_name]
+    shape = SHAPES[shape_name]
     torch.manual_seed(0)
-    llava = ttft.build_llava(shape, device, ttft.DTYPES[dtype])
+    llava = build_llava(shape, device, DTYPES[dtype])
     with _attention(attention, dtype) as implementation:
         llava.set_attn_implementation(implementation)
         return {
@@ -216,28 +230,28 @@ def _parity_cell(shape_name: str, device: str, dtype: str, attention: str) -> di
         }
 
 
-def _frames(shape: ttft.Shape, count: int) -> list[ttft.Frame]:
-    background = ttft.background_image(*shape.source, seed=0)
+def _frames(shape: Shape, count: int) -> list[Frame]:
+    background = background_image(*shape.source, seed=0)
     rng = np.random.default_rng(0)
-    return [ttft.draw_frame(background, shape, 0.05 + 0.3 * i / count, rng) for i in range(count)]
+    return [draw_frame(background, shape, 0.05 + 0.3 * i / count, rng) for i in range(count)]
 
 
 def _sharing_plain(llava) -> BackdropForConditionalGeneration:
-    model = ttft.sharing_backdrop(llava)
+    model = sharing_backdrop(llava)
     model.config.separator_token_ids = None
     return model
 
 
-def _off_difference(llava, shape: ttft.Shape, device: str) -> float:
+def _off_difference(llava, shape: Shape, device: str) -> float:
     """Unsplit and without separators, Backdrop is LLaVA: the largest difference of logits on the same inputs."""
     model = _sharing_plain(llava)
-    processor = ttft.llava_processor(shape)
+    processor = llava_processor(shape)
     image = _frames(shape, 1)[0].image
-    inputs = processor(images=[image], text=[ttft.PROMPT], return_tensors="pt").to(device, llava.dtype)
+    inputs = processor(images=[image], text=[PROMPT], return_tensors="pt").to(device, llava.dtype)
     return _difference(llava(**inputs).logits, model(**inputs).logits)
 
 
-def _grouping_difference(llava, shape: ttft.Shape, device: str) -> float:
+def _grouping_difference(llava, shape: Shape, device: str) -> float:
     """Two groups encoded apart, against the whole tower under a block-diagonal mask; relative to the features' size."""
     tower = llava.model.vision_tower
     patches, side = shape.grid**2, shape.vision["image_size"]
@@ -259,13 +273,13 @@ def _grouping_difference(llava, shape: ttft.Shape, device: str) -> float:
     return _difference(found, wanted) / float(wanted.float().abs().max())
 
 
-def _cache_parity(llava, shape: ttft.Shape, device: str) -> dict:
+def _cache_parity(llava, shape: Shape, device: str) -> dict:
     """Cache off, miss and hit on the processor's same output; a batch against its rows alone."""
-    detector = ttft.PlantedDetector(NoDetector())
-    processor = ttft.backdrop_processor(shape, detector)
-    model = ttft.sharing_backdrop(llava)
+    detector = PlantedDetector(NoDetector())
+    processor = backdrop_processor(shape, detector)
+    model = sharing_backdrop(llava)
     processor.enable_background_matching(
-        tolerance=ttft.TOLERANCE, min_reuse=ttft.MIN_REUSE, max_overridden=1 - ttft.MIN_REUSE
+        tolerance=TOLERANCE, min_reuse=MIN_REUSE, max_overridden=1 - MIN_REUSE
     )
     frames = _frames(shape, PARITY_FRAMES)
     answers: dict[str, list] = {"off": [], "miss": [], "hit": []}
@@ -273,15 +287,13 @@ def _cache_parity(llava, shape: ttft.Shape, device: str) -> dict:
     prepared = []
     for frame in frames:
         detector.plant([frame])
-        inputs = processor(images=[frame.image], text=[ttft.PROMPT], return_tensors="pt").to(
-            device, llava.dtype
-        )
+        inputs = processor(images=[frame.image], text=[PROMPT], return_tensors="pt").to(device, llava.dtype)
         prepared.append(inputs)
         for state in ("off", "miss", "hit"):
             if state == "off":
                 model.disable_background_cache()
             elif state == "miss":
-                model.enable_background_cache(max_bytes=ttft.CACHE_BYTES)
+                model.enable_background_cache(max_bytes=CACHE_BYTES)
             out = model.generate(
                 **inputs,
                 max_new_tokens=NEW_TOKENS,
@@ -296,7 +308,7 @@ def _cache_parity(llava, shape: ttft.Shape, device: str) -> dict:
     detector.plant(frames[:4])
     batch = processor(
         images=[frame.image for frame in frames[:4]],
-        text=[ttft.PROMPT] * 4,
+        text=[PROMPT] * 4,
         padding=True,
         return_tensors="pt",
     ).to(device, llava.dtype)
@@ -330,13 +342,13 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
 @torch.no_grad()
 def _device_map_rows(device: str) -> list[dict]:
     """A folder loaded onto the device whole, and with its tower on the CPU: logits against the CPU's."""
-    shape = ttft.SHAPES["tiny"]
-    model = ttft.sharing_backdrop(ttft.build_llava(shape, "cpu", torch.float32))
-    detector = ttft.PlantedDetector(NoDetector())
-    processor = ttft.backdrop_processor(shape, detector)
+    shape = SHAPES["tiny"]
+    model = sharing_backdrop(build_llava(shape, "cpu", torch.float32))
+    detector = PlantedDetector(NoDetector())
+    processor = backdrop_processor(shape, detector)
     frame = _frames(shape, 1)[0]
     detector.plant([frame])
-    inputs = processor(images=[frame.image], text=[ttft.PROMPT], return_tensors="pt")
+    inputs = processor(images=[frame.image], text=[PROMPT], return_tensors="pt")
     wanted = model(**inputs).logits
     maps = {
         "whole": {"": device},
@@ -377,7 +389,7 @@ def time_to_first_token(run: GpuRun) -> None:
                 notes.append(f"batch {batch}, {fresh_share:.0%} fresh: the time was up")
                 continue
             try:
-                rows += ttft.run_cell(bench, batch, fresh_share, repeats=7 if batch == 1 else 3)
+                rows += run_cell(bench, batch, fresh_share, repeats=7 if batch == 1 else 3)
             except torch.OutOfMemoryError as error:
                 notes.append(f"batch {batch}, {fresh_share:.0%} fresh: {str(error)[:120]}")
                 _free()
@@ -400,19 +412,19 @@ def host_breakdown(run: GpuRun) -> None:
         _free()
 
 
-def mode_breakdowns(bench: ttft.Bench, wait: bool, fresh_share: float = 0.15) -> dict[str, dict[str, float]]:
+def mode_breakdowns(bench: Bench, wait: bool, fresh_share: float = 0.15) -> dict[str, dict[str, float]]:
     """Milliseconds of each stage for LLaVA, cold and reused, batch 1, a new frame each time."""
-    shape = ttft.SHAPES[bench.shape_name]
-    background = ttft.background_image(*shape.source, seed=0)
+    shape = SHAPES[bench.shape_name]
+    background = background_image(*shape.source, seed=0)
     rows = {}
     for mode in ("llava", "cold", "tokens+prefix"):
         contender = bench.contenders[mode]
         if mode == "tokens+prefix":
-            contender.store([ttft.Frame(background, np.zeros(shape.grid**2, dtype=bool), None)])
+            contender.store([Frame(background, np.zeros(shape.grid**2, dtype=bool), None)])
         rng = np.random.default_rng(1)
 
         def call(contender=contender, rng=rng) -> float:
-            return contender.first_token([ttft.draw_frame(background, shape, fresh_share, rng)])[0]
+            return contender.first_token([draw_frame(background, shape, fresh_share, rng)])[0]
 
         call(), call()
         rows[mode] = breakdown(call, 9, wait)
@@ -429,8 +441,8 @@ def graphs(run: GpuRun) -> None:
     if torch.device(run.device).type != "cuda":
         result["left out"] = "CUDA graphs need a CUDA device"
         return
-    shape = ttft.SHAPES[run.shape]
-    llava = ttft.build_llava(shape, run.device, ttft.DTYPES[run.dtype])
+    shape = SHAPES[run.shape]
+    llava = build_llava(shape, run.device, DTYPES[run.dtype])
     patches = shape.grid**2
     fresh = round(0.15 * patches)
     text = shape.text
@@ -503,14 +515,14 @@ def compiled(run: GpuRun) -> None:
         model = bench.contenders[mode].model.model
         for module in (*model.vision_tower.encoder.layers, model.language_model):
             module.compile(dynamic=False)
-    shape = ttft.SHAPES[run.shape]
-    background = ttft.background_image(*shape.source, seed=0)
-    empty = ttft.Frame(background, np.zeros(shape.grid**2, dtype=bool), None)
+    shape = SHAPES[run.shape]
+    background = background_image(*shape.source, seed=0)
+    empty = Frame(background, np.zeros(shape.grid**2, dtype=bool), None)
     bench.contenders["tokens+prefix"].store([empty])
     seconds: dict[str, list[float]] = {"llava": [], "tokens+prefix": []}
     repeats = 9
     for repeat in range(repeats + 2):
-        frame = ttft.draw_frame(background, shape, 0.15, np.random.default_rng(repeat))
+        frame = draw_frame(background, shape, 0.15, np.random.default_rng(repeat))
         for mode in seconds:
             took = bench.contenders[mode].first_token([frame])[0]
             if repeat >= 2:
@@ -540,9 +552,9 @@ class StepCase:
 
 
 def step_config(shape: str) -> BackdropConfig:
-    """The configuration of `ttft.sharing_backdrop`, without building LLaVA."""
-    llava = ttft.SHAPES[shape].llava_config()
-    tokenizer = ttft.build_tokenizer()
+    """The configuration of `sharing_backdrop`, without building LLaVA."""
+    llava = SHAPES[shape].llava_config()
+    tokenizer = build_tokenizer()
     return BackdropConfig(
         vision_config=llava.vision_config,
         text_config=llava.text_config,
@@ -555,20 +567,76 @@ def step_config(shape: str) -> BackdropConfig:
 
 def memory(run: GpuRun) -> None:
     """Peaks of real steps of `SFTTrainer` beside the estimate, for the device that this is."""
-    from backdrop.train.memory import measured_step  # peft, trl and datasets only where this part runs
-
     small = run.shape == "tiny"
-    shape = "tiny" if small else "clip-l+135m"
+    shape, length = ("tiny", 100) if small else ("clip-l+135m", 1024)
     cases = [
-        StepCase("LoRA", "LoRA", 4, 60 if small else 1024),
-        StepCase("full", "full", 4, 60 if small else 1024),
-        StepCase("full, no checkpointing", "full", 4, 60 if small else 1024, checkpointing=False),
+        StepCase("LoRA", "LoRA", 4, length),
+        StepCase("full", "full", 4, length),
+        StepCase("full, no checkpointing", "full", 4, length, checkpointing=False),
     ]
     rows = run.results.setdefault("memory", {}).setdefault("rows", [])
     for case in cases:
-        rows.append(measured_step(step_config(shape), case, run.device, shape))
+        rows.append({"shape": shape, "case": case.name, **step_memory(shape, case, run.device)})
         run.write()
         _free()
+
+
+def step_memory(shape: str, case: StepCase, device: str) -> dict[str, int | None]:
+    """Peak bytes of two steps of `SFTTrainer` in bfloat16 (`measured`; None on a CPU), and the estimate (`estimated`)."""
+    # peft, trl and datasets are needed by this part alone.
+    from datasets import Dataset
+    from trl import ModelConfig, SFTConfig, SFTTrainer
+
+    from backdrop.train.adapters import lora_config
+    from backdrop.train.memory import estimate, meta_model
+    from backdrop.train.memory.step import full_batch
+    from backdrop.train.trainable import select_trainable
+
+    on_gpu = torch.device(device).type == "cuda"
+    config = step_config(shape)
+    options = ModelConfig(
+        dtype="bfloat16", attn_implementation="sdpa", use_peft=case.trains == "LoRA", lora_r=64
+    )
+    patterns, beside_lora = ["language_model", "lm_head", "multi_modal_projector"], ["multi_modal_projector"]
+    examples = Dataset.from_list([{"messages": [{"role": "user", "content": ""}], "images": []}] * 8)
+    processor = backdrop_processor(SHAPES[shape], PlantedDetector(NoDetector()))
+    processor.chat_template = "{{ messages }}"
+    with tempfile.TemporaryDirectory() as folder:
+        training = SFTConfig(
+            output_dir=folder,
+            use_cpu=not on_gpu,
+            bf16=True,
+            per_device_train_batch_size=case.rows,
+            gradient_checkpointing=case.checkpointing,
+            optim="adamw_torch_fused",
+            max_steps=2,
+            max_length=None,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        model = meta_model(config, options, patterns, beside_lora)
+        estimated = estimate(
+            model, training, options, sequence_length=case.length, device="cuda" if on_gpu else "cpu"
+        ).allocated
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        config._attn_implementation = "sdpa"
+        with torch.device(device):
+            model = BackdropForConditionalGeneration(config).to(torch.bfloat16)
+        if not options.use_peft:
+            select_trainable(model, patterns)
+        batch = full_batch(config, training, case.length, 1, 2)
+        SFTTrainer(
+            model=model,
+            args=training,
+            train_dataset=examples,
+            processing_class=processor,
+            data_collator=lambda _: dict(batch),
+            peft_config=lora_config(model, options, beside_lora) if options.use_peft else None,
+        ).train()
+    measured = torch.cuda.max_memory_allocated(device) if on_gpu else None
+    return {"measured": measured, "estimated": estimated}
 
 
 # ---- report
@@ -681,8 +749,15 @@ def _memory_lines(found: dict) -> list[str]:
         "|---|---|---:|---:|---:|",
     ]
     for row in found.get("rows", []):
-        lines.append(
-            f"| {row['case']} | {row['shape']} | {row['measured'] / 2**30:.2f} | {row['estimated'] / 2**30:.2f} | "
-            f"{row['estimated'] / row['measured']:.2f} |"
+        measured = row["measured"]
+        cells = (
+            ["not measured on a CPU", f"{row['estimated'] / 2**30:.3f}", ""]
+            if measured is None
+            else [
+                f"{measured / 2**30:.2f}",
+                f"{row['estimated'] / 2**30:.2f}",
+                f"{row['estimated'] / measured:.2f}",
+            ]
         )
+        lines.append(f"| {row['case']} | {row['shape']} | {' | '.join(cells)} |")
     return lines

@@ -1,4 +1,4 @@
-"""What every benchmark's report needs: the machine, the versions, files that are whole or not there."""
+"""What every benchmark's report needs: the machine, the versions, files that are whole or not there, plots."""
 
 import importlib.metadata
 import json
@@ -55,3 +55,28 @@ def _version(distribution: str) -> str:
 def write_json_atomically(path: Path, value) -> None:
     """Writes JSON in one step."""
     write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def pyplot():
+    """matplotlib's pyplot, drawing to files.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ValueError(
+            "A plot needs matplotlib, which is not installed: `pip install matplotlib`, or leave the plot out."
+        ) from error
+    return plt
+
+
+def format_seconds(seconds: float) -> str:
+    """`1.23 s`, `123 ms` or `12.3 ms`."""
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{1000 * seconds:.0f} ms" if seconds >= 0.1 else f"{1000 * seconds:.1f} ms"

@@ -9,8 +9,8 @@ Three ways take turns, in slices, against servers that run all the while:
 - `whole`: the same engine behind `--no-split`: every frame is one background group;
 - `llava`: the same weights as a `LlavaForConditionalGeneration` checkpoint on the same backend, without a gateway.
 
-So many clients ask again as soon as they have their answer; every frame is new, as a camera's are. With `--shape` the
-weights are random and answers mean nothing; the times are those of the shape.
+`--concurrency` clients each ask again as soon as they have their answer; every frame is new, as a camera's are. With
+`--shape` the weights are random: answers mean nothing, times are those of the shape.
 """
 
 import asyncio
@@ -42,23 +42,15 @@ from backdrop.hub_export.export import export
 from backdrop.serving.engine_settings import EngineSettings, find_engine_python
 from backdrop.serving.sizing import batched_tokens, kv_cache_bytes
 
+from .contenders import backdrop_processor, build_llava, llava_processor, sharing_backdrop
+from .frames import background_image, draw_frame
+from .planted_detector import build_detector, build_yolo
 from .report import machine, versions, write_json_atomically
+from .shapes import QUESTION, SHAPES
 from .traffic import Ask, Outcome, SceneTraffic, drive, is_foreign, png_url, summarize
-from .ttft import (
-    QUESTION,
-    SHAPES,
-    backdrop_processor,
-    background_image,
-    build_detector,
-    build_llava,
-    build_yolo,
-    draw_frame,
-    llava_processor,
-    sharing_backdrop,
-)
 
 MODES = ("split", "whole", "llava")
-# No detector knows the objects of drawn noise, so that those of a frame and those of its reference both count as stale.
+# Detections cannot explain drawn noise: where a frame's object is and where its reference's was both count as overridden.
 SHAPE_MATCHING = {"max_overridden": 0.3}
 WARM_UP_SECONDS = 10
 START_SECONDS = 600
@@ -148,7 +140,7 @@ def run_serving(
 
     Args:
         model: exported folder; its own scenes are asked about. Or:
-        shape: of `ttft.SHAPES`.
+        shape: of `shapes.SHAPES`.
         minutes: of load in all, shared by the modes.
     """
     python = find_engine_python(engine_python)
@@ -262,7 +254,7 @@ def _servers(
 
 
 def _stock_flags(command: list[str]) -> list[str]:
-    """Without what patch groups need: with the processor cache, and images as RGB."""
+    """The engine's flags without those that patch groups need: stock LLaVA keeps vLLM's processor cache and gets RGB images."""
     kept = list(command)
     for flag in ("--media-io-kwargs", "--mm-processor-cache-gb"):
         at = kept.index(flag)
@@ -292,7 +284,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def render_markdown(report: dict) -> str:
-    """A table; times as ratios to `llava`, and in milliseconds."""
+    """A row a mode: requests, answers, times in milliseconds (and as ratios to those of `llava`), prompt tokens cached."""
     base = report["modes"]["llava"]
     lines = [
         "| way | requests | lost | right | first token p50, ms (of llava's) | p95, ms (of llava's) | requests/s | prompt tokens cached |",

@@ -1,8 +1,8 @@
 """Requests as cameras make them, sent to any server of the chat completions API, and what came back.
 
 A camera is one background of the made scenes with its frames; every frame is asked one question. Answers are known, and
-so is whose they are: labels, signs and names differ from background to background, so that an answer that belongs to
-another camera's background is seen (`Outcome.foreign`).
+which background they belong to: labels, signs and names differ from background to background, so that an answer read off
+another camera's background is recognised (`is_foreign`).
 """
 
 import asyncio
@@ -20,19 +20,20 @@ from PIL import Image
 
 from backdrop.scenes.world import FAMILIES, Scene, background_seeds, disturbed, render_scene
 
-# Read off the background, and different for most of them.
+# Topics whose answer is read off the background and differs from background to background.
 NAMING_TOPICS = ("label", "sign", "name")
 MAX_TOKENS = 12
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One request: which camera, what is asked, what is right.
+    """One request: which camera, what is asked, and the right answer.
 
     Attributes:
         camera: index of the background.
         url: the frame as a data: URL.
-        names: whether the answer names the background.
+        answer: the right one.
+        names: whether the answer names the background (its label, sign or name).
     """
 
     camera: int
@@ -82,12 +83,23 @@ class Outcome:
 
     @property
     def right(self) -> bool:
+        """Whether the answer is the right one, letter by letter."""
         return self.text == self.ask.answer
 
 
 @dataclass
 class Summary:
-    """Figures over outcomes; times in seconds."""
+    """Figures over outcomes; times in seconds.
+
+    Attributes:
+        requests: sent.
+        lost: without an answer.
+        refused: why -> how many of the lost: the HTTP status, "0" where the connection failed.
+        right: share of the answers that are right.
+        foreign: answers that name another camera's background.
+        per_second: answers a second.
+        cached: share of the prompt tokens that came from the engine's prefix cache.
+    """
 
     requests: int = 0
     lost: int = 0
@@ -110,7 +122,7 @@ class SceneTraffic:
         split: whose backgrounds.
 
     Attributes:
-        names: answers that name a background, and which.
+        names: answer that names a background -> its camera.
     """
 
     def __init__(self, cameras: int, seed: int = 0, noise: bool = False, split: str = "test"):
@@ -138,7 +150,7 @@ class SceneTraffic:
 
 
 def png_url(image: Image.Image) -> str:
-    """A data: URL."""
+    """The image as a PNG in a data: URL."""
     buffer = BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -198,7 +210,17 @@ async def drive(
     keys: Sequence[str | None] = (None,),
     on_outcome: Callable[[Outcome], None] | None = None,
 ) -> list[Outcome]:
-    """So many clients, each asking again as soon as it has its answer, for so long."""
+    """Sends requests from several clients, each of which asks again as soon as it has its answer.
+
+    Args:
+        url: of the server, without `/v1`.
+        model: the name it serves the model under.
+        draw: makes the next request.
+        seconds: after so long no new request is sent.
+        concurrency: clients.
+        keys: API keys, shared out among the clients in turn.
+        on_outcome: called after each request.
+    """
     outcomes: list[Outcome] = []
     end = time.perf_counter() + seconds
 
@@ -222,8 +244,8 @@ def summarize(outcomes: Sequence[Outcome], names: dict[str, int], seconds: float
     """Figures of a run.
 
     Args:
-        names: answers that name a background, and which (`SceneTraffic.names`).
-        seconds: how long it took.
+        names: answer that names a background -> its camera (`SceneTraffic.names`).
+        seconds: how long the run took.
     """
     answered = [outcome for outcome in outcomes if outcome.text is not None]
     refused: dict[str, int] = {}

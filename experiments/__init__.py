@@ -1,1 +1,1 @@
-"""Chains and matrices of recipes, and the small model that they make."""
+"""Experiments: the small model from nothing but seeds, ladders (chains of recipes), and ablations (matrices of recipes)."""

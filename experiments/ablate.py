@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,14 +22,14 @@ import yaml
 from tqdm import tqdm
 
 from backdrop.data.atomic import write_atomically
+from backdrop.scenes.exam_report import percent
 
-from .ladder import percent
 from .steps import SWITCHES, headline, read_score, scene_rows, train_stage
 
 KEYS = {"start", "out", "design", "seeds", "rows", "score", "base", "axes"}
 DESIGNS = ("one_at_a_time", "product")
 BASE = "base"
-FAR = 15  # points from the base, beyond which a plot gives a number instead of a place
+FAR = 15  # points from the base; the plot prints scores farther off as numbers at its edge
 WHERE = ("use_cpu", "bf16", "fp16")  # without them TrainingArguments refuses a machine that has no GPU
 
 
@@ -38,7 +39,8 @@ class Cell:
 
     Attributes:
         changes: axis -> value's name.
-        rows, start: of the cell's own, or the matrix'.
+        recipe: what is trained, and how.
+        rows, start: the cell's own where it has them, else the matrix's.
         score: how it is scored; `loaded` there (`load_in_8bit`, ...) is for the score alone, it trains in full precision.
     """
 
@@ -59,7 +61,11 @@ class Cell:
 
 @dataclass
 class Matrix:
-    """What is to be run; see the module's text for the fields of the file."""
+    """What is to be run, as the matrix file says it; the module's docstring explains the fields.
+
+    Raises:
+        ValueError: a field that cannot be as it is.
+    """
 
     start: str
     out: str
@@ -126,7 +132,11 @@ def read_matrix(path: Path) -> Matrix:
 
 
 def run_cell(cell: Cell, seed: int, matrix: Matrix) -> dict:
-    """Sets the cell's switches, makes its rows, trains, scores: form -> records, and the minutes that training took."""
+    """Runs one cell: sets its switches, makes its rows, trains, scores.
+
+    Returns:
+        `{"records": form -> records, "minutes": that training took}`.
+    """
     folder = Path(matrix.out, f"seed{seed}")
     out = folder / matrix.trained_as(cell).folder
     switches = {key: value for key, value in cell.recipe.items() if key in SWITCHES}
@@ -164,9 +174,9 @@ def run_matrix(matrix: Matrix) -> dict:
         try:
             found[cell.name, seed] = run_cell(cell, seed, matrix)
         except (ImportError, RuntimeError, ValueError) as error:
-            # The others are worth having; a cell that failed is named, not in the table.
+            # The report holds the other cells; the one that failed is named beside the table.
             failed[f"{cell.name}, seed {seed}"] = str(error)
-            tqdm.write(f"{cell.name}, seed {seed}: {error}", file=os.sys.stderr)
+            tqdm.write(f"{cell.name}, seed {seed}: {error}", file=sys.stderr)
     base, metric = cells[0].name, read_score(matrix.score).metric
     rows = []
     for cell in cells:
@@ -192,7 +202,7 @@ def run_matrix(matrix: Matrix) -> dict:
 
 
 def _comparable(base: dict | None, form: str) -> list[dict] | None:
-    """The base's answers to the same questions: in the same form, or, for whole images, split ones."""
+    """The base's answers to the same questions, in the same form; whole images are compared with split ones."""
     if base is None:
         return None
     records = base["records"]
@@ -200,7 +210,7 @@ def _comparable(base: dict | None, form: str) -> list[dict] | None:
 
 
 def markdown(report: dict) -> str:
-    """A row per cell, seed and form."""
+    """The report as a table, a row per cell, seed and form."""
     lines = [
         "| cell | form | seed | questions | score, % [95%] | to base [95%, paired] | minutes |",
         "|---|---|---:|---:|---:|---:|---:|",

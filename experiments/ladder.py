@@ -1,4 +1,4 @@
-"""The research's ladder: a chain of recipes, each from the last one's checkpoint, each scored.
+"""A ladder: a chain of recipes, each of which starts from the checkpoint of the one before, and each scored.
 
     python -m backdrop.experiments.ladder experiments/recipes/ladder/scenes.yaml
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from backdrop.data.atomic import write_atomically
+from backdrop.scenes.exam_report import percent
 
 from .steps import headline, read_score, scene_rows, train_stage
 
@@ -20,7 +21,7 @@ KEYS = {"start", "out", "stages", "common", "rows", "score"}
 
 
 def read_chain(path: Path) -> dict:
-    """The chain, its stages read: name -> recipe.
+    """The chain's file, with its stages as name -> recipe.
 
     Raises:
         ValueError: a key that no chain has, or a recipe that is not there.
@@ -62,7 +63,7 @@ def run_ladder(chain: dict) -> dict:
 
 
 def _own(recipe: dict) -> dict:
-    """What a stage is about; what stages have in common does not override it."""
+    """The keys that make a stage what it is: `common` does not override them."""
     return {
         key: recipe[key]
         for key in ("stage", "requires_stage", "train", "trainable", "train_last_layers")
@@ -71,7 +72,7 @@ def _own(recipe: dict) -> dict:
 
 
 def markdown(report: dict) -> str:
-    """A row per stage and form."""
+    """The report as a table, a row per stage and form."""
     lines = [
         "| stage | form | questions | score, % [95%] | to stage 1 [95%, paired] |",
         "|---|---|---:|---:|---:|",
@@ -82,12 +83,6 @@ def markdown(report: dict) -> str:
                 f"| {stage} | {form} | {score['questions']} | {percent(score)} | {percent(score['difference'], True)} |"
             )
     return "\n".join(lines)
-
-
-def percent(value: dict, signed: bool = False) -> str:
-    """`94.5 [93.1, 95.6]`; differences with their sign."""
-    form = "{:+.1f}" if signed else "{:.1f}"
-    return f"{form.format(100 * value['value'])} [{form.format(100 * value['low'])}, {form.format(100 * value['high'])}]"
 
 
 def main() -> None:

@@ -21,15 +21,16 @@ import yaml
 
 from backdrop.data.atomic import write_atomically
 from backdrop.evaluation.answering import load
-from backdrop.scenes.exam import markdown, run_scenes
+from backdrop.scenes.exam import run_scenes
+from backdrop.scenes.exam_report import markdown
 
 from .steps import folder_digest, run_logged, step, train_stage
 
 RECIPES = Path(__file__).parent / "recipes"
 LLAVA = tuple(f"scenes_llava_{stage}" for stage in (1, 2, 3, 4))
 GROUPS = "scenes_split"  # starts from the third of them
-# Rows are made anew for the third and the fourth stage: with questions for columns, then fewer questions of what was
-# still wrong.
+# The third and the fourth stage train on rows of their own: the third's also ask in which column something is, the fourth's ask
+# less, and more often for what the model still got wrong.
 PLACED = {"places": 3}
 HARD = {
     "questions": 5,
@@ -58,7 +59,7 @@ class Size:
 SIZES = {
     "full": Size(3000, 8, 8000, 1000, 10_000, (900, 400, 800, 900), 3800),
     "reduced": Size(1200, 6, 4000, 700, 5000, (600, 200, 400, 400), 800),
-    "miniature": Size(64, 1, 64, 4, 64, (4, 2, 2, 2), 8),
+    "miniature": Size(16, 1, 32, 2, 32, (2, 1, 1, 1), 8),
 }
 
 
@@ -162,7 +163,7 @@ def _rows(work: Path, seed: int, size: Size, base: Path, shares: dict, name: str
 
 
 def _command(folder: Path, arguments: list, start: str = "") -> None:
-    """One module of `backdrop.scenes` as a step; what it has written so far stays there when it is cut off."""
+    """Runs one module of `backdrop.scenes` as a step; what it has written stays there when it is cut off."""
     words = [str(argument) for argument in arguments]
 
     def work() -> None:

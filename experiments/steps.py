@@ -37,7 +37,7 @@ from backdrop.scenes.exam import BATCH, FORMS, MAX_NEW_TOKENS, answer_form, scen
 from backdrop.train.assemble import ModelArguments, assemble
 from backdrop.train.stages import recipe_digest
 
-# What a recipe does to the model before anything trains; the rest is how it trains.
+# Keys of a recipe that change the model before training; the others say how it trains.
 SWITCHES = tuple(f.name for f in fields(ModelArguments) if f.name not in ("model", "int8_threshold"))
 DONE, STARTED = "done.json", "started.json"
 WEIGHT_FILES = ("*.safetensors", "config.json", "processor_config.json", "detector.json")
@@ -50,7 +50,7 @@ class SceneScore:
     Attributes:
         forms: names of `backdrop.scenes.exam.FORMS`.
         scenes, questions, seed, split: see `scene_questions`.
-        images_last: the image behind its question.
+        images_last: the image stands behind its question, not before it.
         loaded: how the model is loaded for it: load_in_8bit, load_in_4bit, int8_threshold, dtype.
     """
 
@@ -146,10 +146,10 @@ class DataScore:
 
 
 def read_score(options: dict) -> SceneScore | DataScore:
-    """What a matrix or a chain says about its score: of the made scenes unless it names `data`.
+    """The score that a matrix or a chain describes: a `DataScore` where it names `data`, else a `SceneScore`.
 
     Raises:
-        ValueError: a key that neither has.
+        ValueError: a key that this kind of score does not have.
     """
     kind = DataScore if "data" in options else SceneScore
     unknown = sorted(set(options) - {f.name for f in fields(kind)})
@@ -161,7 +161,7 @@ def read_score(options: dict) -> SceneScore | DataScore:
 def load_for_scoring(model: Path, loaded: dict, folder: Path):
     """Model and processor of a finished stage; an adapter is merged, the language model quantised where asked for.
 
-    `folder` takes the merged model of an adapter that is to be quantised: its base must not be before.
+    An adapter is merged first, while its base is not quantised yet, and the merged model is written to `folder`.
     """
     if loaded and Path(model, ADAPTER_FILES[0]).is_file():
         merged = folder / "merged"
@@ -170,7 +170,7 @@ def load_for_scoring(model: Path, loaded: dict, folder: Path):
         model = merged
     if loaded:
         names = {f.name for f in fields(ModelArguments)}
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a cast at every product
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a cast at every matrix product
         arguments = ModelArguments(model=str(model), **{k: v for k, v in loaded.items() if k in names})
         made = assemble(arguments, ModelConfig(**{k: v for k, v in loaded.items() if k not in names}))
     else:
@@ -195,7 +195,16 @@ def folder_digest(folder: str | Path) -> str:
 
 
 def step(folder: Path, inputs: dict, work: Callable[[], None]) -> bool:
-    """Does `work` unless the folder says that it was done with the same inputs; whether it did."""
+    """Runs `work` unless the folder says that it was done with the same inputs.
+
+    Files of the same step with other inputs are removed first; those of a run that was cut off stay.
+
+    Returns:
+        Whether it ran.
+
+    Raises:
+        ValueError: the folder holds files of something else.
+    """
     digest = recipe_digest(inputs)
     mark = folder / DONE
     if mark.is_file() and json.loads(mark.read_text())["digest"] == digest:
@@ -277,7 +286,7 @@ def run_logged(command: list[str], log: Path) -> None:
 def headline(records: list[dict], metric: Metric, baseline: list[dict] | None = None) -> dict:
     """A metric's first figure with its 95% interval, or the paired difference to another run's.
 
-    Resampled are backgrounds of scenes, images of other data: what questions share that are not independent.
+    The interval resamples backgrounds of scenes, images of other data: questions about one of them are not independent.
     """
     if baseline is not None:
         by_id = {record["id"]: record for record in baseline}

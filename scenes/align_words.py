@@ -1,6 +1,6 @@
-"""A projector that starts from words: each patch of a made scene lands where the language model keeps its names.
+"""Aligns a fresh projector with a pretrained language model, by the words for what each patch of a made scene shows.
 
-What the scene generator knows about a patch (its character, colour, thing, column and row) is spelt, and the projector is trained to
+The scene generator knows a patch's character, colour, thing, column and row. Each has a word, and the projector is trained to
 give the sum of the embeddings of those words: regression, without a pass through the language model, so that minutes suffice. A
 pretrained language model then reads image tokens much as it reads text, where a projector from scratch would need far more
 steps than two CPU cores can take through 135 M parameters.
@@ -34,22 +34,12 @@ from .tower import (
 )
 from .world import COLOURS, GLYPHS, THINGS
 
-_ORDINALS = tuple(
-    [
-        "first",
-        "second",
-        "third",
-        "fourth",
-        "fifth",
-        "sixth",
-        "seventh",
-        "eighth",
-        "ninth",
-        "tenth",
-        "eleventh",
-        "twelfth",
-    ]
+# fmt: off
+_ORDINALS = (
+    "first", "second", "third", "fourth", "fifth", "sixth",
+    "seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth",
 )
+# fmt: on
 # Of each head of `DENSE_LABELS` that has names: the word of each class but 0, which is "none".
 WORDS: dict[str, tuple[str, ...]] = {
     "glyph": tuple(GLYPHS),
@@ -58,14 +48,17 @@ WORDS: dict[str, tuple[str, ...]] = {
     "column": tuple(f" {name}" for name in _ORDINALS),
     "row": tuple(f" {name}" for name in _ORDINALS),
 }
-# Characters are what most questions ask for; where a patch is must not drown what it shows.
+# Most questions ask for characters. Column and row weigh little, or they would drown what the patch shows.
 WEIGHTS = {"glyph": 2.0, "colour": 1.0, "thing": 1.0, "column": 0.5, "row": 0.25}
 
 
 @torch.no_grad()
 def word_table(tokenizer: PreTrainedTokenizerBase, embeddings: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of each head the weighted embedding of its classes' words, the mean over a word's tokens: `[classes, H]`; class 0 is 0."""
-    mean = embeddings.mean(0)  # what all words share says nothing
+    """For each head the weighted embeddings of its classes' words, `[classes, H]`, each the mean over the word's tokens.
+
+    The mean of all `embeddings` (`[V, H]`) is subtracted; class 0, "none", is 0.
+    """
+    mean = embeddings.mean(0)  # common to all words, so it carries no information about one
     table = {}
     for head, words in WORDS.items():
         rows = [torch.zeros_like(mean)]

@@ -30,36 +30,25 @@ from tqdm import tqdm
 
 from backdrop.data.atomic import write_atomically
 from backdrop.evaluation.answering import Answerer, PreparedImages, load
-from backdrop.evaluation.metrics import METRICS, figures
 from backdrop.evaluation.predictions import Predictions, model_fingerprint
-from backdrop.evaluation.run import reuse
-from backdrop.scenes.world import FAMILIES, Question, Scene, Split, background_seeds, disturbed, render_scene
+
+from .exam_report import form_report, markdown
+from .world import (
+    FAMILIES,
+    Question,
+    Scene,
+    Split,
+    background_seeds,
+    disturbed,
+    render_scene,
+    scene_family,
+)
 
 CAMERA_TOLERANCE = 10.0  # grey levels, what BackgroundMatcher's docstring names for cameras
 MAX_NEW_TOKENS = 16
-BATCH = (
-    32  # questions; of the small model on a CPU more are slower: activations are mapped afresh at every layer
-)
-EXACT = METRICS["exact"]
-
-# What of a frame a question is about; None: the vehicles of the kind that it names.
-_OBJECTS = {
-    ("phone", "time"): ("time",),
-    ("phone", "toggle"): ("toggle",),
-    ("phone", "alarm"): ("time",),
-    ("street", "count"): ("car", "bus", "truck", "bike"),
-    ("street", "colour"): None,
-    ("street", "plate"): None,
-    ("street", "presence"): None,
-    ("street", "side"): None,
-    ("panel", "readout"): ("readout",),
-    ("panel", "reading"): ("readout",),
-    ("panel", "lamp"): ("lamp",),
-    ("panel", "side"): ("lamp",),
-    ("panel", "needle"): ("needle",),
-    ("panel", "zone"): ("needle",),
-}
-_KINDS = ("car", "bus", "truck", "bike")
+# Questions answered together. More are slower for the small model on a CPU: activations no longer fit the allocator's
+# cache and are mapped afresh at every layer.
+BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -73,7 +62,14 @@ class SceneQuestion:
 
 @dataclass(frozen=True)
 class SceneCase:
-    """Two frames of one background, and what is asked about the later one."""
+    """Two frames of one background, and what is asked about the later one.
+
+    Attributes:
+        number: of the scene, from 0.
+        earlier, scene: the frames as they are drawn.
+        earlier_image, image: the frames as the model sees them (RGB), disturbed or not.
+        questions: about the later frame.
+    """
 
     number: int
     earlier: Scene
@@ -116,25 +112,28 @@ def scene_questions(
         yield SceneCase(number, earlier, scene, *images, tuple(asked))
 
 
-def _kind(question: Question) -> str | None:
+def _named_class(family: str, question: Question) -> str | None:
+    """The detector class that a question names, such as the bus of "What colour is the bus?"."""
     words = question.question.rstrip("?").split()
-    return next((kind for kind in _KINDS if kind in words), None)
+    return next((name for name in scene_family(family).named_classes if name in words), None)
 
 
 def _answer_in(frame: Scene, question: Question) -> str | None:
     """A frame's answer to another frame's question, whatever its wording."""
-    same = (
-        other.answer
-        for other in frame.questions
-        if (other.topic, _kind(other)) == (question.topic, _kind(question))
-    )
+
+    def asked_for(of: Question) -> tuple[str, str | None]:
+        return of.topic, _named_class(frame.family, of)
+
+    same = (other.answer for other in frame.questions if asked_for(other) == asked_for(question))
     return next(same, None)
 
 
 def _object_changed(earlier: Scene, scene: Scene, question: Question) -> bool:
+    """Whether an object that the answer hangs on came, left or moved between the frames."""
     if question.about == "background":
         return False
-    names = _OBJECTS[scene.family, question.topic] or (_kind(question),)
+    names = scene_family(scene.family).answered_by[question.topic]
+    names = names or (_named_class(scene.family, question),)
     boxes = [sorted(o.xyxy for o in frame.objects if o.name in names) for frame in (earlier, scene)]
     return boxes[0] != boxes[1]
 
@@ -180,7 +179,7 @@ FORMS = {
 
 
 def _prepare(answerer: Answerer, form: Form, cases: list[SceneCase]) -> list[PreparedImages]:
-    """The frames, each with nothing but its own earlier frame to reuse."""
+    """The frames, prepared one by one, so that each can reuse its own earlier frame and no other."""
     if form.earlier == "unused":
         return answerer.prepare([[case.image] for case in cases])
     matcher = answerer.processor.background_matching
@@ -226,7 +225,7 @@ def _ask(answerer: Answerer, form: Form, waiting: list[tuple[SceneCase, list[Sce
         for (case, questions), images in zip(waiting, prepared, strict=True)
         for question in questions
     ]
-    # A stale background that was not taken says nothing about who wins.
+    # Where the matcher refused the stale background nothing contradicts the fresh patches, so nothing is asked.
     put = [row for row in asked if form.earlier != "reference" or row[1].matched]
     texts = iter(
         answerer.answer([images for _, images, _ in put], [q.question.question for _, _, q in put])
@@ -252,93 +251,6 @@ def _ask(answerer: Answerer, form: Form, waiting: list[tuple[SceneCase, list[Sce
             }
         )
     return records
-
-
-# ---- report
-
-
-def _groups(record: dict) -> list[str]:
-    family = record["family"]
-    return [f"about {record['about']}", f"family {family}", f"topic {family} {record['topic']}"]
-
-
-def _figures(records: list[dict], baseline: list[dict] | None = None, answers: str = "answers") -> dict:
-    def counts(rows):
-        wanted = [r[answers] if answers == "answers" else [r[answers]] for r in records]
-        return EXACT.counts([row["prediction"] for row in rows], wanted)
-
-    found = figures(
-        EXACT,
-        counts(records),
-        [record["background"] for record in records],
-        [_groups(record) for record in records],
-        None if baseline is None else counts(baseline),
-    )
-    return {"overall": found.pop(""), "by_group": found}
-
-
-def form_report(form: Form, records: list[dict], others: dict[str, list[dict]]) -> dict:
-    """Accuracy, reuse, and the paired difference to each baseline; for `stale` how often the old answer was given."""
-    answered = [record for record in records if record["prediction"] is not None]
-    if not answered:
-        raise ValueError("No question of this form was answered: no frame matched. Ask about more scenes.")
-    report = {"accuracy": _figures(answered), "reuse": reuse(records), "differences": {}}
-    for name in form.baselines:
-        by_id = {record["id"]: record for record in others[name]}
-        report["differences"][name] = _figures(answered, [by_id[record["id"]] for record in answered])
-    if form.earlier == "reference":
-        contradicted = [r for r in answered if r["old_answer"] not in (None, r["answers"][0])]
-        report["contradicted"] = {
-            "right": _figures(contradicted)["overall"],
-            "old_answer_given": _figures(contradicted, answers="old_answer")["overall"],
-        }
-    return report
-
-
-def _percent(value: dict, signed: bool = False) -> str:
-    form = "{:+.1f}" if signed else "{:.1f}"
-    return f"{form.format(100 * value['value'])} [{form.format(100 * value['low'])}, {form.format(100 * value['high'])}]"
-
-
-def markdown(report: dict) -> str:
-    """Accuracy and paired differences of each form, then accuracy by topic."""
-    forms = report["forms"]
-    lines = [
-        "| form | questions | exact match, % | minus llava | minus its other baseline | vision tokens reused "
-        "| patches from another frame | images matched |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name, figures_of in forms.items():
-        overall = figures_of["accuracy"]["overall"]
-        differences = figures_of["differences"]
-        plain = _percent(differences["llava"]["overall"]["accuracy"], True) if "llava" in differences else "-"
-        other = [
-            f"{_percent(value['overall']['accuracy'], True)} ({baseline})"
-            for baseline, value in differences.items()
-            if baseline != "llava"
-        ]
-        shares = figures_of["reuse"]
-        lines.append(
-            f"| {name} | {overall['questions']} | {_percent(overall['accuracy'])} | {plain} | {', '.join(other) or '-'} "
-            f"| {shares['vision_tokens_reused']:.1%} | {shares['patches_reused']:.1%} | {shares['images_matched']:.1%} |"
-        )
-    if "stale" in forms:
-        contradicted = forms["stale"]["contradicted"]
-        lines += [
-            "",
-            f"Where the stale background shows another answer ({contradicted['right']['questions']} questions): right "
-            f"{_percent(contradicted['right']['accuracy'])}, the old answer "
-            f"{_percent(contradicted['old_answer_given']['accuracy'])}.",
-        ]
-    names = list(forms)
-    lines += ["", "| exact match, % | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    groups = sorted({group for value in forms.values() for group in value["accuracy"]["by_group"]})
-    for group in groups:
-        rows = [forms[name]["accuracy"]["by_group"].get(group) for name in names]
-        cells = [f"{100 * row['accuracy']['value']:.1f} ({row['questions']})" if row else "-" for row in rows]
-        lines.append(f"| {group} | " + " | ".join(cells) + " |")
-    lines += ["", f"Brackets: {report['interval']}.", ""]
-    return "\n".join(lines)
 
 
 def run_scenes(
@@ -380,7 +292,14 @@ def run_scenes(
         "split": split,
         "seed": seed,
         "interval": "95%, bootstrap over backgrounds",
-        "forms": {name: form_report(FORMS[name], records, done) for name, records in done.items()},
+        "forms": {
+            name: form_report(
+                records,
+                {baseline: done[baseline] for baseline in FORMS[name].baselines},
+                contradicting=FORMS[name].earlier == "reference",
+            )
+            for name, records in done.items()
+        },
     }
 
 

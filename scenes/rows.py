@@ -28,7 +28,7 @@ from backdrop.data.stored import STRUCTURED_FEATURES, structured
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.patch_groups_backdrop import PatchGroup, group_to_image, save_group
 
-from .world import FAMILIES, TOPICS, Scene, background_seeds, disturbed, render_scene
+from .world import FAMILIES, TOPICS, Scene, background_seeds, disturbed, render_scene, scene_family
 
 FEATURES = Features(
     {
@@ -39,10 +39,10 @@ FEATURES = Features(
 FEATURES_IN_PARTS = Features({**FEATURES, "messages": STRUCTURED_FEATURES["messages"]})
 
 FORMS = ("whole", "split", "pair", "stale")
-BATCH = 32
+BATCH = 32  # scenes that the detector sees together
 CAMERA_TOLERANCE = 10.0  # grey levels; noise and light of `disturbed` differ by less between two frames
 # Streets have the most to ask, and what takes longest to learn: places and plates.
-FAMILY_WEIGHTS = {"phone": 3, "street": 5, "panel": 4}
+FAMILY_WEIGHTS = {name: scene_family(name).training_weight for name in FAMILIES}
 TOPIC_WEIGHTS = {"plate": 4, "side": 2}  # all others 1
 
 

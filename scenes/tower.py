@@ -16,7 +16,6 @@ each other by spinning, which on two shared cores made a step nine times as slow
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -35,9 +34,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from backdrop.modeling.grouped_vision_backdrop import encode_groups
-from backdrop.scenes import world as scenes
 
-from .world import DENSE_LABELS, Split, box_patches, disturbed, sample_scenes
+from .world import DENSE_LABELS, Split, box_patches, disturbed, drawing_digest, sample_scenes
 
 IMAGE_SIZE = 168
 PATCH_SIZE = 14
@@ -71,7 +69,7 @@ class SceneArrays:
 
 def open_scenes(folder: Path, split: Split, count: int, seed: int) -> SceneArrays:
     """Memory-maps the scenes kept in `folder`; draws them first if they are not there or are drawn differently now."""
-    drawing = hashlib.sha256(Path(scenes.__file__).read_bytes()).hexdigest()[:12]
+    drawing = drawing_digest()
     names = ["pixels", "object_patches", *DENSE_LABELS]
     paths = {name: folder / f"{split}_{count}_{seed}_{drawing}_{name}.npy" for name in names}
     if not all(path.exists() for path in paths.values()):
@@ -167,7 +165,7 @@ def class_weights(labels: np.ndarray, classes: int) -> torch.Tensor:
 
 
 def learning_rate_at(step: int, steps: int, warmup_steps: int, peak: float) -> float:
-    """Linear warmup, then a cosine down to a hundredth of the peak."""
+    """The learning rate of a step: linear warmup, then a cosine down to a hundredth of the peak."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)

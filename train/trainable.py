@@ -12,7 +12,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 
-from backdrop.modeling.modeling_backdrop import BACKGROUND, OBJECT, BackdropForConditionalGeneration
+from backdrop.modeling.configuration_backdrop import BACKGROUND, OBJECT
+from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 
 # Parts that a model may lack: naming one is no mistake.
 OPTIONAL_PARTS = ("prefusion", "object_vision_tower", "object_multi_modal_projector", "separators")

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
 
-from backdrop.modeling.modeling_backdrop import BACKGROUND, OBJECT
+from backdrop.modeling.configuration_backdrop import BACKGROUND, OBJECT
 
 from .trainable import TrainableCheck, mask_sharded_gradients, partly_trained_tables
 

@@ -9,8 +9,9 @@ import pytest
 import tiny
 from PIL import Image
 
-from backdrop.benchmarks import camera, synthetic_camera
-from backdrop.benchmarks.camera import open_recording, run_camera, summary
+from backdrop.benchmarks import camera, camera_maps, camera_plot, camera_run
+from backdrop.benchmarks.camera import run_camera, summary
+from backdrop.benchmarks.recordings import Recording, open_recording
 
 KEYS = {
     "frames",
@@ -208,7 +209,7 @@ def test_a_truncated_frame_and_a_group_are_named_and_nothing_is_left(folder, tmp
 
 @pytest.mark.parametrize("done", [0, 7])
 def test_ctrl_c_leaves_the_figures_so_far_and_nothing_half_written(folder, tmp_path, monkeypatch, done):
-    whole = camera.Recording.frames
+    whole = Recording.frames
 
     def interrupted(self):
         for i, image in enumerate(whole(self)):
@@ -216,7 +217,7 @@ def test_ctrl_c_leaves_the_figures_so_far_and_nothing_half_written(folder, tmp_p
                 raise KeyboardInterrupt
             yield image
 
-    monkeypatch.setattr(camera.Recording, "frames", interrupted)
+    monkeypatch.setattr(Recording, "frames", interrupted)
     targets = {"json_path": tmp_path / "f.json", "maps_path": tmp_path / "m.npz", "plot_path": tmp_path / "p"}
     with pytest.raises(KeyboardInterrupt):
         run_camera(folder, processor=small_processor(), tolerance=6, **targets)
@@ -232,7 +233,7 @@ def test_ctrl_c_while_the_maps_are_put_together(folder, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(camera.shutil, "copyfileobj", interrupted)
+    monkeypatch.setattr(camera_maps.shutil, "copyfileobj", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_camera(
             folder, processor=small_processor(), tolerance=6, max_frames=3, maps_path=tmp_path / "m.npz"
@@ -276,15 +277,15 @@ def test_memory_does_not_grow_with_the_frames(tmp_path):
             tracemalloc.stop()
 
     peak(2)  # first calls pay for imports and tables
-    few, many = peak(5), peak(15)  # 100 and 300 frames
+    few, many = peak(2), peak(8)  # 40 and 160 frames
     assert abs(many - few) < 6 * 3 * tiny.SIDE**2
 
 
 @pytest.mark.parametrize("frames", [1, 50, 10_000])
 def test_a_plot_of_any_length_is_an_image(tmp_path, frames):
     rng = np.random.default_rng(0)
-    table = {name: rng.uniform(0, 5, frames) for name in camera._COLUMNS}
-    table["state"] = rng.choice([camera.HIT, camera.REFRESH, camera.MISS], frames).astype(float)
+    table = {name: rng.uniform(0, 5, frames) for name in camera_run.COLUMNS}
+    table["state"] = rng.choice([camera_run.HIT, camera_run.REFRESH, camera_run.MISS], frames).astype(float)
     figures = {
         "source": "made up",
         "frames": frames,
@@ -294,37 +295,8 @@ def test_a_plot_of_any_length_is_an_image(tmp_path, frames):
         "patches_per_frame": 16,
         "peak_cache_bytes": 5,
     }
-    camera.plot(table, figures, tmp_path / "p.png")
+    camera_plot.plot(table, figures, tmp_path / "p.png")
     with Image.open(tmp_path / "p.png") as picture:
         picture.load()
         assert picture.format == "PNG"
     assert os.listdir(tmp_path) == ["p.png"]
-
-
-# ---- the made recording
-
-
-def test_the_made_recording_is_deterministic_and_mostly_still(tmp_path):
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        synthetic_camera.write_recording(tmp_path / name, 12, seed, size=(160, 120))
-    files = sorted(os.listdir(tmp_path / "a"))
-    a, b, c = ([(tmp_path / name / file).read_bytes() for file in files] for name in "abc")
-    assert len(files) == 12 and a == b and a != c and len(set(a)) == 12
-    processor = camera.default_processor(112, 14)
-    figures = run_camera(tmp_path / "a", processor=processor, tolerance=10)
-    assert 0.5 < figures["static_share"] < 1.0
-
-
-def test_a_planted_character_changes_its_strokes_only():
-    image = np.full((40, 40, 3), 100, dtype=np.uint8)
-    planted = synthetic_camera.plant_character(image, (10, 20), "8", 60)
-    rows, columns = np.nonzero((planted != image).any(axis=-1))
-    assert (rows.min(), rows.max(), columns.min()) == (10, 17, 20) and columns.max() < 28
-    assert (planted[rows, columns] == 160).all() and (image == 100).all()
-    bright = synthetic_camera.plant_character(np.full_like(image, 250), (0, 0), "A", 60)
-    assert bright.min() == 190
-    assert not np.array_equal(planted, synthetic_camera.plant_character(image, (10, 20), "3", 60))
-    with pytest.raises(ValueError, match="wanted one inside 40 x 40"):
-        synthetic_camera.plant_character(image, (36, 20), "8", 60)
-    with pytest.raises(ValueError, match="wanted one character that leaves ink"):
-        synthetic_camera.plant_character(image, (0, 0), " ", 60)

@@ -488,7 +488,8 @@ def test_a_detector_that_takes_anothers_place_is_the_one_that_is_saved(tmp_path,
     """Found by ablations: the folder's own weights were written again, and two other detectors scored exactly like it."""
     own = tiny_detector(tmp_path)
     if by == "a recipe":
-        from backdrop.train.sft import parse, run
+        from backdrop.train.arguments import parse
+        from backdrop.train.sft import run
 
         words = [
             "--model",

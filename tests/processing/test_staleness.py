@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from naive_staleness import naive_staleness
 from textures import photographed, texture
 
-from backdrop.benchmarks.synthetic_camera import plant_character
 from backdrop.processing.patch_groups_backdrop import patch_blocks
 from backdrop.processing.staleness_backdrop import patch_staleness, reusable_patches
+from backdrop.scenes.recording import plant_character
 
 
 @pytest.mark.parametrize(("side", "patch_size"), [(56, 14), (60, 13), (8, 1), (50, 16)])

@@ -1,4 +1,4 @@
-"""The forms in which the made scenes are asked about, and a run that goes on where it stopped."""
+"""The exam on the made scenes: the same questions in every form, asked, answered and reported."""
 
 import numpy as np
 import pytest
@@ -6,12 +6,12 @@ from paths import EXAMPLE
 
 from backdrop.evaluation.answering import load
 from backdrop.evaluation.predictions import read_predictions
-from backdrop.scenes import exam as scenes
+from backdrop.scenes import exam
 
 
 def test_scenes_are_the_same_for_every_form():
     def drawn(**options):
-        return list(scenes.scene_questions("test", 8, 0, 3, **options))
+        return list(exam.scene_questions("test", 8, 0, 3, **options))
 
     clean, camera, stale = drawn(), drawn(disturb=True), drawn(stale=True)
     for case, seen, old in zip(clean, camera, stale, strict=True):
@@ -27,12 +27,10 @@ def test_scenes_are_the_same_for_every_form():
 
 
 def test_stale_asks_what_changed():
-    asked = [
-        (case, q) for case in scenes.scene_questions("test", 40, 1, 9, stale=True) for q in case.questions
-    ]
+    asked = [(case, q) for case in exam.scene_questions("test", 40, 1, 9, stale=True) for q in case.questions]
     kept = {q.id for _, q in asked}
     assert {q.question.about for _, q in asked} == {"object", "both"}
-    for case in scenes.scene_questions("test", 40, 1, 9):
+    for case in exam.scene_questions("test", 40, 1, 9):
         for question in case.questions:
             if question.id not in kept:
                 assert question.old_answer == question.question.answer
@@ -44,13 +42,13 @@ def test_stale_asks_what_changed():
 
 
 @pytest.fixture(scope="module")
-def scenes_run(tmp_path_factory):
+def exam_run(tmp_path_factory):
     source = str(EXAMPLE)
     model = load(source, device="cpu")
-    work = tmp_path_factory.mktemp("scenes")
+    work = tmp_path_factory.mktemp("exam")
 
     def run():
-        return scenes.run_scenes(
+        return exam.run_scenes(
             {"llava": model, "model": model},
             {"llava": source, "model": source},
             scenes=8,
@@ -62,13 +60,13 @@ def scenes_run(tmp_path_factory):
     return run, run(), work, model[1]
 
 
-def test_forms_of_the_scenes(scenes_run):
-    _, report, work, _ = scenes_run
-    records = {name: read_predictions(work / f"{name}.jsonl")[1] for name in scenes.FORMS}
+def test_forms_of_the_scenes(exam_run):
+    _, report, work, _ = exam_run
+    records = {name: read_predictions(work / f"{name}.jsonl")[1] for name in exam.FORMS}
     texts = {name: {r["id"]: r["prediction"] for r in of} for name, of in records.items()}
     asked = {name: [(r["id"], r["question"], r["answers"]) for r in of] for name, of in records.items()}
     assert len(texts["split"]) == 16
-    assert all(asked[name] == asked["llava"] for name in scenes.FORMS if name != "stale")
+    assert all(asked[name] == asked["llava"] for name in exam.FORMS if name != "stale")
     assert texts["cached"] == texts["split"]
     forms = report["forms"]
     assert forms["split"]["accuracy"]["overall"]["accuracy"]["value"] > 0.6
@@ -80,8 +78,8 @@ def test_forms_of_the_scenes(scenes_run):
     assert list(forms["matched"]["differences"]) == ["llava", "llava_disturbed"]
 
 
-def test_a_stale_background_is_asked_about_where_it_was_taken(scenes_run):
-    _, report, work, processor = scenes_run
+def test_a_stale_background_is_asked_about_where_it_was_taken(exam_run):
+    _, report, work, processor = exam_run
     assert processor.background_matching.stats()["references"] <= 1  # no scene sees another's
     _, records = read_predictions(work / "stale.jsonl")
     answered = [r for r in records if r["prediction"] is not None]
@@ -94,14 +92,14 @@ def test_a_stale_background_is_asked_about_where_it_was_taken(scenes_run):
     contradicted = [r for r in answered if r["old_answer"] not in (None, r["answers"][0])]
     old = np.mean([r["prediction"] == r["old_answer"] for r in contradicted])
     assert stale["contradicted"]["old_answer_given"]["accuracy"]["value"] == pytest.approx(old)
-    table = scenes.markdown(report)
+    table = exam.markdown(report)
     assert "| stale |" in table
     assert "the old answer" in table
     assert "/" not in report["models"]["model"]
 
 
-def test_scenes_go_on_where_they_stopped(scenes_run):
-    run, report, work, _ = scenes_run
+def test_scenes_go_on_where_they_stopped(exam_run):
+    run, report, work, _ = exam_run
     before = {path.name: path.read_bytes() for path in work.iterdir()}
     lines = before["exact.jsonl"].splitlines(keepends=True)
     (work / "exact.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:9])

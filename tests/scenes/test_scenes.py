@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from backdrop.scenes.families import phone
 from backdrop.scenes.world import (
     COLOURS,
     DENSE_LABELS,
@@ -14,6 +15,7 @@ from backdrop.scenes.world import (
     box_patches,
     camera_clip,
     contact_sheet,
+    disturbed,
     render_scene,
     sample_scenes,
 )
@@ -187,17 +189,14 @@ def test_places_name_the_column_of_a_thing():
 
 
 def test_half_of_the_backgrounds_have_words_nobody_can_know_by_heart():
-    from backdrop.scenes.world import _LABEL_WORDS
-
     labels = [_answers(render_scene("phone", seed, 0))["label"] for seed in range(60)]
-    unknown = [label for label in labels if label not in _LABEL_WORDS]
+    unknown = [label for label in labels if label not in phone.WORDS]
     assert 15 < len(unknown) < 45 and len(set(unknown)) == len(unknown)
 
 
 def test_disturbed_frames_stay_within_the_cameras_tolerance():
     from backdrop.processing.staleness_backdrop import patch_staleness
     from backdrop.scenes.rows import CAMERA_TOLERANCE
-    from backdrop.scenes.world import disturbed
 
     image = render_scene("panel", 4, 0).image
     frames = [np.asarray(disturbed(image, seed)) for seed in (0, 1)]

@@ -1,6 +1,9 @@
-"""A made recording of a fixed camera that is as awkward as a real one, for checks of matching.
+"""Made recordings of a fixed camera that are as awkward as real ones, for checks of background matching.
 
-A still photo, slow drift of the light, sensor noise, textured things that move, foliage that flickers, and JPEG.
+    backdrop scenes recording OUT --seed 0
+
+A still photo, slow drift of the light, sensor noise, textured things that move, foliage that flickers, and JPEG. Unlike
+the scenes of `world`, nothing in it is labelled and no question is asked.
 """
 
 import argparse
@@ -19,7 +22,7 @@ _SHAKE = 3  # pixels by which foliage shifts, at most
 
 
 @dataclass(frozen=True, eq=False)
-class _Thing:
+class _MovingThing:
     """A textured ellipse that bounces inside the middle square: float32 `[H, W, 3]`, soft mask `[H, W, 1]`, pixels."""
 
     texture: np.ndarray
@@ -27,7 +30,7 @@ class _Thing:
     start: np.ndarray
     speed: np.ndarray
 
-    def place(self, frame: int, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    def corner(self, frame: int, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """Its top left corner (row, column), integers."""
         room = np.maximum(high - low - np.array(self.mask.shape[:2]), 1)
         way = (self.start * room + self.speed * frame) % (2 * room)
@@ -49,6 +52,9 @@ def write_recording(
         size: width and height, pixels.
         noise: standard deviation of the sensor's noise, grey levels.
         jpeg_quality: every frame goes through JPEG, in a video too.
+
+    Raises:
+        ValueError: OpenCV cannot write the video.
     """
     path = Path(path)
     coded = (_as_jpeg(pixels, jpeg_quality) for pixels in recording_frames(frames, seed, size, noise))
@@ -71,13 +77,18 @@ def write_recording(
 def recording_frames(
     frames: int, seed: int, size: tuple[int, int] = (640, 480), noise: float = 2.5
 ) -> Iterator[np.ndarray]:
-    """The frames before JPEG, uint8 `[H, W, 3]`."""
+    """The frames before JPEG, uint8 `[H, W, 3]`, one at a time.
+
+    Args:
+        size: width and height, pixels.
+        noise: standard deviation of the sensor's noise, grey levels.
+    """
     rng = np.random.default_rng(seed)
     width, height = size
     background = _background(size, seed)
     middle = min(size)  # a centre crop keeps the middle square: what moves stays inside
     low = np.array([(height - middle) // 2, (width - middle) // 2])
-    things = _things(rng, middle)
+    things = _moving_things(rng, middle)
     row, column, side = _leafiest(background, middle, low)
     for frame in range(frames):
         picture = background.copy()
@@ -86,7 +97,7 @@ def recording_frames(
             row + shift[0] : row + shift[0] + side, column + shift[1] : column + shift[1] + side
         ]
         for thing in things:
-            top, left = thing.place(frame, low, low + middle)
+            top, left = thing.corner(frame, low, low + middle)
             part = picture[top : top + thing.mask.shape[0], left : left + thing.mask.shape[1]]
             part += (thing.texture - part) * thing.mask
         picture += _DRIFT * np.sin(2 * np.pi * frame / _DRIFT_PERIOD)
@@ -159,7 +170,7 @@ def _clouds(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
     return np.clip(sum_of_scales, 0, 255)
 
 
-def _things(rng: np.random.Generator, middle: int) -> list[_Thing]:
+def _moving_things(rng: np.random.Generator, middle: int) -> list[_MovingThing]:
     """One to three ellipses of different sizes that cover `_MOVING_SHARE` of the middle square together."""
     weights = rng.uniform(0.3, 1.0, rng.integers(1, 4))
     areas = weights / weights.sum() * _MOVING_SHARE * middle**2
@@ -171,7 +182,7 @@ def _things(rng: np.random.Generator, middle: int) -> list[_Thing]:
         inside = np.clip((1 - np.hypot(rows, columns)) * min(height, width) / 4, 0, 1)
         angle, pace = rng.uniform(0, 2 * np.pi), rng.uniform(0.8, 3.0)
         things.append(
-            _Thing(
+            _MovingThing(
                 texture=_clouds(rng, (width, height)),
                 mask=inside[..., None].astype(np.float32),
                 start=rng.uniform(0, 1, 2),

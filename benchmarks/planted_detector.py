@@ -1,0 +1,62 @@
+"""A detector that takes its real time and answers what a benchmark drew: random weights find nothing of use."""
+
+import importlib.util
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from backdrop.processing.detections_backdrop import Detections
+from backdrop.processing.detector_backdrop import ObjectDetector
+
+from .frames import Frame
+
+
+class PlantedDetector:
+    """Runs a detector for its time, and answers with planted boxes in place of what random weights find."""
+
+    def __init__(self, detector: ObjectDetector):
+        self._detector = detector
+        self._boxes: list = []
+
+    def plant(self, frames: Sequence[Frame]) -> None:
+        """The images of the next call to `detect`, in order."""
+        self._boxes = [frame.box for frame in frames]
+
+    def detect(self, images: Sequence[np.ndarray], **options) -> list[Detections]:
+        """As `ObjectDetector.detect`."""
+        self._detector.detect(images, **options)
+        if len(images) != len(self._boxes):
+            raise RuntimeError(
+                f"The detector got {len(images)} images; wanted the {len(self._boxes)} planted."
+            )
+        return [
+            Detections(
+                xyxy=np.array([] if box is None else [box], dtype=np.float32).reshape(-1, 4),
+                confidence=np.full(int(box is not None), 0.9, dtype=np.float32),
+                class_id=np.zeros(int(box is not None), dtype=np.int64),
+                names=self._detector.names,
+            )
+            for box in self._boxes
+        ]
+
+
+def build_yolo(device: str) -> ObjectDetector:
+    """YOLOv8n with random weights, from the description that ultralytics ships; nothing is downloaded."""
+    found = importlib.util.find_spec("ultralytics")
+    if found is None:
+        raise ImportError(
+            "The benchmark runs a detector, but ultralytics is not installed: pip install ultralytics"
+        )
+    description = Path(found.origin).parent / "cfg" / "models" / "v8" / "yolov8.yaml"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "yolov8n.yaml")  # the scale, n, is read from the file's name
+        shutil.copyfile(description, path)
+        return ObjectDetector.from_name_or_path(str(path), device=device)
+
+
+def build_detector(device: str) -> PlantedDetector:
+    """The network of `build_yolo`, and planted answers."""
+    return PlantedDetector(build_yolo(device))
