@@ -1,6 +1,6 @@
 """A matrix of recipes on the same data and questions, one table, one plot.
 
-    python -m backdrop.experiments.ablate experiments/recipes/ablate_scenes.yaml --report docs/ablations.json
+    backdrop ablate experiments/recipes/ablate_scenes.yaml --report docs/ablations.json
 
 The matrix names a `base` recipe and `axes`: what to change, one value at a time (`design: one_at_a_time`, a star around
 the base) or in all combinations (`design: product`). Rows of made scenes (`rows`) are made by each cell's own processor, so
@@ -9,7 +9,6 @@ folder), run once for each seed; a run that was cut off goes on.
 Differences to the base are paired: same questions, same seed.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -272,29 +271,11 @@ def plot(report: dict, path: Path) -> None:
     os.replace(partial, path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("matrix", type=Path)
-    parser.add_argument("--report", type=Path, help="JSON; .md and .png lie beside it (OUT/report.json)")
-    parser.add_argument("--list", action="store_true", help="print the cells and their recipes, run nothing")
-    options = parser.parse_args()
-    matrix = read_matrix(options.matrix)
-    if options.list:
-        for cell in matrix.cells():
-            print(f"# {cell.name}\n{yaml.safe_dump({**cell.recipe, 'rows': cell.rows}, sort_keys=False)}")
-        return
-    report = run_matrix(matrix)
-    path = options.report or Path(matrix.out, "report.json")
+def write_report(report: dict, path: Path, matrix_path: Path) -> None:
+    """Writes the report as JSON; its table (.md), headed by the command that makes it, and its plot (.png) beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(report, indent=2, default=str) + "\n")
-    command = f"`python -m backdrop.experiments.ablate {options.matrix} --report {path}`"
+    command = f"`backdrop ablate {matrix_path} --report {path}`"
     write_atomically(path.with_suffix(".md"), f"{command}\n\n{markdown(report)}\n")
     if report["cells"]:
         plot(report, path.with_suffix(".png"))
-    print(markdown(report))
-
-
-if __name__ == "__main__":
-    main()

@@ -11,18 +11,16 @@ A scene is named by its family, a background seed and a frame seed. Scenes with 
 seed are byte-identical outside their object boxes, so the background of one frame can be reused for the next.
 Everything is a function of the seeds alone.
 
-``python -m backdrop.scenes.world --out sheet.png`` writes a contact sheet.
+``backdrop scenes sheet --out sheet.png`` writes a contact sheet.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -1064,20 +1062,3 @@ def contact_sheet(backgrounds: int = 2, frames: int = 4, seed: int = 0, zoom: in
                 box = (x + x0 - 1, y + caption + y0 - 1, x + x1, y + caption + y1)
                 draw.rectangle(box, outline=(255, 0, 200), width=1)
     return sheet
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes a contact sheet of a few scenes of every family."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
-    parser.add_argument("--backgrounds", type=int, default=2, help="backgrounds of each family")
-    parser.add_argument("--frames", type=int, default=4, help="frames of each background")
-    parser.add_argument("--seed", type=int, default=0, help="first background seed")
-    options = parser.parse_args(arguments)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(options.backgrounds, options.frames, options.seed).save(options.out)
-    print(options.out)
-
-
-if __name__ == "__main__":
-    main()

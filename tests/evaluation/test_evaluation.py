@@ -17,9 +17,9 @@ from paths import EXAMPLE
 from PIL import Image
 from typer.testing import CliRunner
 
+from backdrop.commands.evaluate import EXAMPLE as EVAL_EXAMPLE
+from backdrop.commands.evaluate import evaluate as eval_command
 from backdrop.data.rows import BadRowError, Example
-from backdrop.evaluate import EPILOG
-from backdrop.evaluate import evaluate as eval_command
 from backdrop.evaluation import metrics as m
 from backdrop.evaluation import run as runs
 from backdrop.evaluation.answering import MODES, Answerer, load
@@ -466,7 +466,7 @@ def test_an_unknown_data_set_and_mode_are_refused(evaluate):
 def app():
     app = typer.Typer()
     app.callback()(lambda: None)
-    app.command("eval", epilog=EPILOG)(eval_command)
+    app.command("eval", **EVAL_EXAMPLE)(eval_command)
     return app
 
 
@@ -646,7 +646,7 @@ def mean(values): return sum(values) / len(values)
 """
 
 
-def test_lmms_eval_runs_the_same_answers(tmp_path, monkeypatch):
+def test_lmms_eval_runs_the_same_answers(tmp_path):
     pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
@@ -674,8 +674,7 @@ def test_lmms_eval_runs_the_same_answers(tmp_path, monkeypatch):
     ]
     arguments += ["--include_path", str(tmp_path / "tasks"), "--batch_size", "4", "--device", "cpu"]
     arguments += ["--output_path", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["harness", *arguments])
-    harness.main()
+    harness.run_harness(arguments)
     (written,) = (tmp_path / "out").rglob("*_results.json")
     found = json.loads(written.read_text())["results"]["backdrop_scenes"]["exact,none"]
     answerer = Answerer(*load(source, device="cpu"), "split", max_new_tokens=16)
