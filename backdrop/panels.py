@@ -210,7 +210,7 @@ def _patch_panel(row: PanelRow, seen: Image.Image) -> tuple[Image.Image, str]:
     by_margin = objects & ~detected
 
     # Colour over grey: an image's own blue or orange would read as a group.
-    grey = np.asarray(seen.convert("L").convert("RGB"))
+    grey = np.asarray(seen.convert("L").point(lambda value: 128 + value // 2).convert("RGB"))
     canvas = _tinted(grey, np.ones(grey.shape[:2], dtype=bool), _UNOWNED, 0.75)
     y, x = np.mgrid[:cell, :cell]
     upper, whole = x + y < cell, np.ones((cell, cell), dtype=bool)

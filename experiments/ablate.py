@@ -227,8 +227,9 @@ def plot(report: dict, path: Path) -> None:
     names = list(dict.fromkeys(row["cell"] for row in shown))
     height = 1.2 + 0.32 * len(names)
     figure, panels = plt.subplots(
-        1, len(forms), figsize=(4.6 * len(forms) + 2, height), sharey=True, squeeze=False
+        1, len(forms), figsize=(4.6 * len(forms) + 2, height), sharex=True, sharey=True, squeeze=False
     )
+    ends = []  # of all panels, which have the same axes
     for axis, form in zip(panels[0], forms, strict=True):
         rows = [row for row in shown if row["panel"] == form]
         bases = [100 * row["score"]["value"] for row in rows if row["cell"] == names[0]]
@@ -238,7 +239,7 @@ def plot(report: dict, path: Path) -> None:
             match = row["score"]
             value, low, high = (100 * match[key] for key in ("value", "low", "high"))
             place = len(names) - 1 - names.index(row["cell"])
-            colour = "#c2410c" if row["cell"] == names[0] else "#1d4ed8"
+            colour = "#111827" if row["cell"] == names[0] else "#7d3fb5"
             if abs(value - middle) > FAR:
                 # What is far off would leave no room to tell the others apart.
                 axis.annotate(
@@ -258,11 +259,12 @@ def plot(report: dict, path: Path) -> None:
             )
             if row["cell"] == names[0]:
                 axis.axvspan(low, high, color=colour, alpha=0.08, lw=0)
-        axis.set_xlim(left - 1, right + 1)
+        ends += [left, right]
         squares = any(row["form"] == "llava" for row in rows)
         axis.set_title(f"{form} (squares: whole images)" if squares else form)
         axis.set_xlabel(f"{report['metric']}, % [95%]")
         axis.grid(axis="x", alpha=0.3)
+    panels[0][0].set_xlim(min(ends) - 1, max(ends) + 1)
     panels[0][0].set_yticks(range(len(names)), names[::-1])
     figure.tight_layout()
     partial = path.with_name(f".{path.name}")

@@ -168,7 +168,7 @@ class KindCollator:
             names = {BACKGROUND: "background", OBJECT: "object"}
             raise ValueError(
                 f"group_kinds is {self.kind!r}, but a batch holds {sorted(names[kind] for kind in found)} groups; wanted "
-                "rows of ready-made groups of that kind (python -m backdrop.data.derive.run captions)."
+                "rows of ready-made groups of that kind (backdrop derive captions)."
             )
         return batch
 
