@@ -12,6 +12,8 @@ EXAMPLE = examples(
     "backdrop scenes rows --model examples/scenes-model --out runs/rows --scenes 64",
     """backdrop eval examples/scenes-model --data rows --source runs/rows \\
     --split train --mode llava --out runs/eval-llava""",
+    """backdrop eval examples/scenes-model --data textvqa --limit 100 \\
+    --source lmms-lab/textvqa --mode matched --tolerance 10 --out runs/textvqa""",
 )
 
 
