@@ -19,7 +19,7 @@ class Answer:
     """One answered question.
 
     `first_token_s`: seconds from the decoded image to the first token, everything included; `share_reused`: share of
-    vision tokens that came from the memo; `background`: "hit" when the image's background was known, else "miss".
+    vision tokens that came from the cache; `background`: "hit" when the image's background was known, else "miss".
     """
 
     name: str
@@ -204,5 +204,9 @@ def _save_pictures(asker: Asker, images: list[Image.Image], folder: Path, rows: 
     for i, (seen, found) in enumerate(zip(pixels, processor.detections(pixels), strict=True)):
         mask = found.combined_mask(seen.shape[0])
         parts = [(GROUP_KINDS[p.kind], p.patch_mask) for p in processor.split_groups(seen, mask)]
-        panels.append(PanelRow(f"frame {i}", images[i], found, seen, mask, parts, processor.patch_size))
+        panels.append(
+            PanelRow(
+                f"frame {i}", images[i], found, seen, mask, parts, processor.patch_size, processor.margin
+            )
+        )
     split_panels(panels).save(folder / "frames.png")

@@ -8,14 +8,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 from backdrop.processing.detections_backdrop import Detections
 
-COLUMNS = ("Original image", "Detector", "What the model sees", "Object pixels", "Patch groups")
+COLUMNS = ("Original image", "What the model sees", "Detector", "Object pixels", "Patch groups")
 
-_BACKGROUND = (46, 111, 190)
-_OBJECT = (240, 132, 30)
-_DETECTED = (30, 160, 110)
+# In all pictures and plots blue is the background and orange what is fresh, objects first of all.
+BACKGROUND_COLOUR = (46, 111, 190)
+OBJECT_COLOUR = (240, 132, 30)
 _INK, _FAINT, _FRAME, _PAPER = (32, 36, 42), (110, 116, 124), (200, 204, 210), (255, 255, 255)
 _UNOWNED = (225, 227, 230)
-_BOXES = ((214, 39, 77), (0, 70, 140), (128, 62, 186), (150, 96, 20), (20, 90, 200), (196, 0, 150))
+# Of boxes by class: neither blue nor orange.
+_BOXES = ((214, 39, 77), (18, 120, 84), (128, 62, 186), (90, 94, 100), (196, 0, 150), (110, 20, 48))
+_TINT, _MARGIN_TINT = 0.6, 0.25  # strength of the colour over a patch; over one that only the margin adds
 
 _SMALLEST_PANEL = 320  # smaller images are drawn magnified
 _MARGIN, _GAP = 28, 20
@@ -35,6 +37,7 @@ class PanelRow:
         groups: The patch groups, each a kind (`"background"` or `"object"`) and the patches it owns: bool
             `[P]` with `P = (S // patch_size) ** 2` in row-major order. Groups may overlap.
         patch_size: Side of a patch in pixels.
+        margin: Patches by which the objects were grown.
     """
 
     name: str
@@ -44,6 +47,7 @@ class PanelRow:
     pixel_mask: np.ndarray
     groups: list[tuple[str, np.ndarray]]
     patch_size: int
+    margin: int = 0
 
 
 def split_panels(rows: list[PanelRow]) -> Image.Image:
@@ -86,7 +90,7 @@ def split_panels(rows: list[PanelRow]) -> Image.Image:
             draw.rectangle((left - 1, y - 1, left + panel.width, y + panel.height), outline=_FRAME)
             _write(draw, (left, panel_top + side + 8), caption, _TEXT, _FAINT, column_width)
         top += _row_height(row)
-    _legend(draw, _MARGIN, top)
+    _legend(draw, _MARGIN, top, max(row.margin for row in rows))
     return sheet
 
 
@@ -133,8 +137,8 @@ def _panels(row: PanelRow) -> list[tuple[Image.Image, str]]:
     patches, counts = _patch_panel(row, seen)
     return [
         (fitted, f"{original.width} x {original.height} px"),
-        (_detector_panel(row, seen), objects or "nothing found"),
         (seen, f"{size} x {size} px, patches of {row.patch_size} px"),
+        (_detector_panel(row, seen), objects or "nothing found"),
         (_mask_panel(row, side), f"{row.pixel_mask.mean():.0%} of the pixels"),
         (patches, counts),
     ]
@@ -154,7 +158,7 @@ def _tinted(image: np.ndarray, where: np.ndarray, color: tuple[int, int, int], s
 def _detector_panel(row: PanelRow, seen: Image.Image) -> Image.Image:
     size, scale = row.model_image.shape[0], _scale(row)
     mask = row.detections.combined_mask(size).repeat(scale, axis=0).repeat(scale, axis=1)
-    panel = Image.fromarray(_tinted(np.asarray(seen), mask, _DETECTED, 0.4))
+    panel = Image.fromarray(_tinted(np.asarray(seen), mask, OBJECT_COLOUR, 0.45))
     draw = ImageDraw.Draw(panel)
     font = ImageFont.load_default(_LABEL)
     colors = {class_id: _BOXES[i % len(_BOXES)] for i, class_id in enumerate(sorted(row.detections.names))}
@@ -190,7 +194,7 @@ def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool
 
 
 def _mask_panel(row: PanelRow, side: int) -> Image.Image:
-    colors = np.where(row.pixel_mask[..., None], np.uint8(_OBJECT), np.uint8(_UNOWNED))
+    colors = np.where(row.pixel_mask[..., None], np.uint8(OBJECT_COLOUR), np.uint8(_UNOWNED))
     return _enlarged(colors, side)
 
 
@@ -201,9 +205,12 @@ def _patch_panel(row: PanelRow, seen: Image.Image) -> tuple[Image.Image, str]:
     for kind, patches in row.groups:
         owned[kind] |= patches.reshape(grid, grid)
     background, objects = owned["background"], owned["object"]
+    detected = row.pixel_mask[: grid * row.patch_size, : grid * row.patch_size]
+    detected = detected.reshape(grid, row.patch_size, grid, row.patch_size).any(axis=(1, 3))
+    by_margin = objects & ~detected
 
     # Colour over grey: an image's own blue or orange would read as a group.
-    grey = np.asarray(seen.convert("L").convert("RGB"))
+    grey = np.asarray(seen.convert("L").point(lambda value: 128 + value // 2).convert("RGB"))
     canvas = _tinted(grey, np.ones(grey.shape[:2], dtype=bool), _UNOWNED, 0.75)
     y, x = np.mgrid[:cell, :cell]
     upper, whole = x + y < cell, np.ones((cell, cell), dtype=bool)
@@ -211,11 +218,12 @@ def _patch_panel(row: PanelRow, seen: Image.Image) -> tuple[Image.Image, str]:
     for row_index, column in np.ndindex(grid, grid):
         place = (slice(row_index * cell, (row_index + 1) * cell), slice(column * cell, (column + 1) * cell))
         if background[row_index, column]:
-            canvas[place] = _tinted(grey[place], whole, _BACKGROUND, 0.5)
+            canvas[place] = _tinted(grey[place], whole, BACKGROUND_COLOUR, _TINT)
         if objects[row_index, column]:
             # A patch of both groups is cut in two.
             part = ~upper if background[row_index, column] else whole
-            canvas[place][part] = _tinted(grey[place], whole, _OBJECT, 0.5)[part]
+            strength = _MARGIN_TINT if by_margin[row_index, column] else _TINT
+            canvas[place][part] = _tinted(grey[place], whole, OBJECT_COLOUR, strength)[part]
     panel = Image.fromarray(canvas)
     lines = Image.new("L", panel.size, 0)
     draw = ImageDraw.Draw(lines)
@@ -224,19 +232,23 @@ def _patch_panel(row: PanelRow, seen: Image.Image) -> tuple[Image.Image, str]:
         draw.line([(0, position), (extent, position)], fill=90)
     panel.paste(Image.new("RGB", panel.size, _PAPER), mask=lines)
 
-    counts = f"{background.sum()} background + {objects.sum()} object of {grid * grid}"
+    margin = f" ({by_margin.sum()} margin)" if by_margin.any() else ""
+    counts = f"{background.sum()} background + {objects.sum()} object{margin} of {grid * grid}"
     both = int((background & objects).sum())
     return panel, counts + (f", {both} in both" if both else "")
 
 
-def _legend(draw: ImageDraw.ImageDraw, left: int, top: int) -> None:
+def _legend(draw: ImageDraw.ImageDraw, left: int, top: int, margin: int) -> None:
     font = ImageFont.load_default(_TEXT)
     swatch = _TEXT + 1
+    margin_colour = tuple(
+        round(_UNOWNED[i] + 2 * _MARGIN_TINT * (OBJECT_COLOUR[i] - _UNOWNED[i])) for i in range(3)
+    )
     entries = (
-        ("detected", _DETECTED, None),
-        ("background patch", _BACKGROUND, None),
-        ("object pixel or patch", _OBJECT, None),
-        ("patch of both groups", _BACKGROUND, _OBJECT),
+        ("background patch", BACKGROUND_COLOUR, None),
+        ("detected object: its pixels, and patches that have some", OBJECT_COLOUR, None),
+        (f"object patch added by the margin of {margin} patch{'es' * (margin != 1)}", margin_colour, None),
+        ("patch of both groups", BACKGROUND_COLOUR, OBJECT_COLOUR),
         ("neither", _UNOWNED, None),
     )
     for text, color, second in entries:

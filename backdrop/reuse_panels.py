@@ -1,68 +1,85 @@
-"""The pictures of `backdrop ask --reuse --show DIR`: which patches were reused, and why the others were not."""
+"""The pictures of `backdrop ask --reuse --show DIR`: what became of each patch of a frame, in words and colours."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from backdrop.processing.matches_backdrop import MatchReport
 
-REUSED, OBJECT, CHANGED, ENCODED = (46, 111, 190), (240, 132, 30), (205, 40, 150), (150, 156, 164)
+from .panels import BACKGROUND_COLOUR, OBJECT_COLOUR
+
+# What can become of a patch: background in blue, fresh patches in orange, as in the other pictures.
+REUSED, ENCODED, OBJECT, STALE, UNOWNED = range(5)
 LEGEND = (
-    ("reused", REUSED),
-    ("fresh: an object is or was there", OBJECT),
-    ("fresh: it changed", CHANGED),
-    ("encoded for the first time", ENCODED),
+    ("background, reused", BACKGROUND_COLOUR),
+    ("background, encoded now", (150, 186, 226)),
+    ("fresh: an object is here", OBJECT_COLOUR),
+    ("fresh: differs from the reference (stale)", (186, 72, 10)),
+    ("fresh: not owned by the reference (an object stood here)", (248, 196, 132)),
 )
+_TINT = 0.6
 _SMALLEST_SIDE = 448
-_INK, _PAPER = (32, 36, 42), (255, 255, 255)
-_MARGIN, _LINE = 16, 22
+_INK, _FAINT, _PAPER = (32, 36, 42), (110, 116, 124), (255, 255, 255)
+_MARGIN, _GAP, _LINE = 16, 16, 22
 
 
-def patch_reasons(report: MatchReport) -> np.ndarray:
+def patch_states(report: MatchReport) -> np.ndarray:
     """What became of each patch: int `[P]`, an index into `LEGEND`."""
-    if report.reference is None or report.refreshed:
-        return np.where(report.objects, 1, 3)
-    reasons = np.zeros(len(report.fresh), dtype=np.int64)
-    reasons[report.stale] = 2
-    reasons[report.unseen | report.objects] = 1
-    return reasons
+    if report.reference is None:
+        return np.where(report.objects, OBJECT, ENCODED)
+    # A renewed reference is another background: its tokens are computed once more.
+    states = np.full(len(report.fresh), ENCODED if report.refreshed else REUSED)
+    states[report.stale & report.fresh] = STALE
+    states[report.unseen & report.fresh] = UNOWNED
+    states[report.objects] = OBJECT
+    return states
+
+
+def what_happened(report: MatchReport) -> str:
+    """The frame's outcome in a sentence."""
+    if report.reference is None:
+        return "New background: it is kept as a reference for the frames to come."
+    if report.refreshed:
+        return "Known background, reference renewed from recent frames: encoded once more."
+    return "Known background: what did not change is reused."
 
 
 def reuse_panel(report: MatchReport, patch_size: int, title: str) -> Image.Image:
-    """The frame as the model sees it, each patch framed in the colour of its reason, and a legend with shares.
+    """The frame as the model sees it, beside it what became of its patches, and a legend with counts.
 
     Args:
         report: of the frame.
         patch_size: pixels.
         title: shown above.
     """
-    reasons = patch_reasons(report)
+    states = patch_states(report)
     side = report.image.shape[0]
     scale = max(1, -(-_SMALLEST_SIDE // side))
-    panel = Image.fromarray(report.image).resize((side * scale, side * scale), Image.Resampling.NEAREST)
+    seen = Image.fromarray(report.image).resize((side * scale, side * scale), Image.Resampling.NEAREST)
+    # Colour over grey: an image's own blue or orange would read as a state.
+    panel = seen.convert("L").point(lambda value: 128 + value // 2).convert("RGB")
     grid = side // patch_size
-    colours = np.array([colour for _, colour in LEGEND], dtype=np.uint8)[reasons].reshape(grid, grid, 3)
+    colours = np.array([colour for _, colour in LEGEND], dtype=np.uint8)[states].reshape(grid, grid, 3)
     tint = Image.fromarray(colours).resize((grid * patch_size * scale,) * 2, Image.Resampling.NEAREST)
-    # What is reused stays as it looks; what was computed is tinted.
-    strength = np.where(reasons == 0, 70, 120).astype(np.uint8).reshape(grid, grid)
-    mask = Image.fromarray(strength).resize(tint.size, Image.Resampling.NEAREST)
-    panel.paste(tint, (0, 0), mask)
+    panel.paste(tint, (0, 0), Image.new("L", tint.size, round(255 * _TINT)))
     draw = ImageDraw.Draw(panel)
     step = patch_size * scale
     for i in range(grid + 1):
-        draw.line([(i * step, 0), (i * step, grid * step)], fill=(255, 255, 255), width=1)
-        draw.line([(0, i * step), (grid * step, i * step)], fill=(255, 255, 255), width=1)
-    counts = np.bincount(reasons, minlength=len(LEGEND))
+        draw.line([(i * step, 0), (i * step, grid * step)], fill=_PAPER, width=1)
+        draw.line([(0, i * step), (grid * step, i * step)], fill=_PAPER, width=1)
+    counts = np.bincount(states, minlength=len(LEGEND))
     entries = [(i, name) for i, (name, _) in enumerate(LEGEND) if counts[i]]
-    height = _MARGIN + _LINE + 8 + panel.height + 12 + _LINE * len(entries) + _MARGIN
-    sheet = Image.new("RGB", (panel.width + 2 * _MARGIN, height), _PAPER)
+    top = _MARGIN + 2 * _LINE + 8
+    height = top + panel.height + 12 + _LINE * len(entries) + _MARGIN
+    sheet = Image.new("RGB", (2 * panel.width + _GAP + 2 * _MARGIN, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((_MARGIN, _MARGIN), title, fill=_INK, font=ImageFont.load_default(17))
-    top = _MARGIN + _LINE + 8
-    sheet.paste(panel, (_MARGIN, top))
+    draw.text((_MARGIN, _MARGIN + _LINE), what_happened(report), fill=_FAINT, font=ImageFont.load_default(15))
+    sheet.paste(seen, (_MARGIN, top))
+    sheet.paste(panel, (_MARGIN + panel.width + _GAP, top))
     top += panel.height + 12
     for i, name in entries:
         draw.rectangle([(_MARGIN, top + 2), (_MARGIN + 14, top + 16)], fill=LEGEND[i][1])
-        text = f"{name}: {counts[i]} of {len(reasons)} patches"
+        text = f"{name}: {counts[i]} of {len(states)} patches"
         draw.text((_MARGIN + 24, top), text, fill=_INK, font=ImageFont.load_default(15))
         top += _LINE
     return sheet

@@ -10,7 +10,9 @@ from .camera_run import HIT, MISS, REFRESH
 from .report import pyplot
 
 _MOST_BINS = 600  # more points than pixels only make a solid block
-_REUSED, _STALE, _TOLERANCE, _REFRESH, _MISS = "#2e6fbe", "#c46210", "#b3123f", "#7d3fb5", "#b3123f"
+# Blue is what is reused of the background, orange what is fresh, as in the pictures of `backdrop split` and `backdrop ask`.
+_REUSED, _RENEWED, _NEW = "#2e6fbe", "#96bae2", "#f0841e"
+_STALE, _TOLERANCE, _REFERENCES = "#5a5f66", "#b3123f", "#7d3fb5"
 _BYTES = "#3f7f4f"
 
 
@@ -35,18 +37,23 @@ def plot(table: dict[str, np.ndarray], figures: dict, path: Path) -> None:
         fontsize=13,
     )
 
-    share = np.where(hit, table["reused"] / patches, 0.0) * 100
-    mean = np.add.reduceat(share, starts) / sizes
+    # A frame at which the reference is renewed matched all the same: it has a mark of its own, no dip in the line.
+    share = np.where(hit | refresh, table["reused"] / patches, 0.0) * 100
+    counted = (~refresh).astype(float)
+    frames_in_line = np.add.reduceat(counted, starts)
+    mean = np.add.reduceat(share * counted, starts) / np.where(frames_in_line, frames_in_line, np.nan)
     if binned:
-        low, high = np.minimum.reduceat(share, starts), np.maximum.reduceat(share, starts)
+        shown = np.where(refresh, np.nan, share)
+        low, high = np.fmin.reduceat(shown, starts), np.fmax.reduceat(shown, starts)
         reuse.fill_between(middle, low, high, color=_REUSED, alpha=0.2, linewidth=0, label="least to most")
     label = f"mean of {round(sizes.mean())} frames" if binned else "reused"
     reuse.plot(middle, mean, color=_REUSED, linewidth=1.3, label=label, **marker)
-    for level, which, color, name in ((-6, refresh, _REFRESH, "refresh"), (-12, miss, _MISS, "miss")):
-        ticks = index[which]
-        label = f"{name} ({len(ticks)})"
-        reuse.plot(ticks, np.full(len(ticks), level), "|", color=color, markersize=7, label=label)
-    reuse.set(ylim=(-17, 104), ylabel="vision tokens reused (%)", yticks=range(0, 101, 20))
+    renewed = {"markerfacecolor": _RENEWED, "markeredgecolor": _REUSED, "markersize": 7, "linestyle": "none"}
+    label = f"matched, reference renewed:\nencoded once more ({refresh.sum()})"
+    reuse.plot(index[refresh], share[refresh], "D", label=label, **renewed)
+    label = f"new background ({miss.sum()})"
+    reuse.plot(index[miss], np.full(miss.sum(), -6), "|", color=_NEW, markersize=9, label=label)
+    reuse.set(ylim=(-11, 104), ylabel="vision tokens reused (%)", yticks=range(0, 101, 20))
 
     count = np.add.reduceat(table["reused"], starts)
     used = count > 0
@@ -66,9 +73,9 @@ def plot(table: dict[str, np.ndarray], figures: dict, path: Path) -> None:
     size.set_ylabel("kept (MiB, area)", color=_BYTES)
     # More headroom than for the count: both often grow together, and would cover each other.
     size.set_ylim(0, max(mebibytes.max() * 1.7, 0.01))
-    kept.step(middle, table["references"][last], where="mid", color=_REFRESH, linewidth=1.4)
+    kept.step(middle, table["references"][last], where="mid", color=_REFERENCES, linewidth=1.4)
     kept.set(ylim=(0, max(table["references"].max() * 1.2, 1)), xlabel="frame")
-    kept.set_ylabel("references (line)", color=_REFRESH)
+    kept.set_ylabel("references (line)", color=_REFERENCES)
     kept.yaxis.get_major_locator().set_params(integer=True)
     kept.set_zorder(size.get_zorder() + 1)
     kept.patch.set_visible(False)

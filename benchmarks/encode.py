@@ -1,13 +1,11 @@
 """Cold encoding of split images against the stock tower on whole ones: paired, alternating, one process.
 
-    python benchmarks/encode.py --pairs 5
+    backdrop bench encode --pairs 5
 
 Shape: CLIP-L/14-336, random weights, feature layer -2. The stock tower computes all its layers, as LLaVA lets it;
 the ratio is also given against a tower cut at the feature layer, so that skipping a layer does not flatter us.
 """
 
-import argparse
-import json
 import time
 from statistics import median
 
@@ -17,16 +15,16 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from backdrop.modeling.grouped_vision_backdrop import encode_groups
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--images", type=int, default=1)
-    parser.add_argument("--object-patches", type=int, default=86, help="of 576")
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+def run_encode(pairs: int = 5, images: int = 1, object_patches: int = 86, threads: int = 2) -> dict:
+    """Ratios of the split encoding's time to each stock tower's: medians over the pairs.
+
+    Args:
+        pairs: timed runs of each way, in turns.
+        images: in one call.
+        object_patches: of 576 in each image.
+        threads: CPU threads.
+    """
+    torch.set_num_threads(threads)
     config = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
@@ -36,20 +34,20 @@ def main() -> None:
         patch_size=14,
     )
     tower = CLIPVisionModel(config).eval()
-    images = torch.randn(options.images, 3, 336, 336)
-    objects = torch.zeros(options.images, 576, dtype=torch.bool)
-    objects[:, : options.object_patches] = True
-    groups = images.repeat(2, 1, 1, 1)
+    pixels = torch.randn(images, 3, 336, 336)
+    objects = torch.zeros(images, 576, dtype=torch.bool)
+    objects[:, :object_patches] = True
+    groups = pixels.repeat(2, 1, 1, 1)
     masks = torch.cat([~objects, objects])
-    whole = torch.ones(options.images, 576, dtype=torch.bool)
+    whole = torch.ones(images, 576, dtype=torch.bool)
     ways = {
-        "stock tower": lambda: tower(images, output_hidden_states=True),
-        "stock, cut": lambda: encode_groups(tower, images, whole, -2),
+        "stock tower": lambda: tower(pixels, output_hidden_states=True),
+        "stock, cut": lambda: encode_groups(tower, pixels, whole, -2),
         "split": lambda: encode_groups(tower, groups, masks, -2),
     }
     seconds = {name: [] for name in ways}
     with torch.no_grad():
-        for run in range(options.pairs + 1):  # the first is warm-up
+        for run in range(pairs + 1):  # the first is warm-up
             for name, way in ways.items():
                 started = time.perf_counter()
                 way()
@@ -59,12 +57,4 @@ def main() -> None:
         f"split / {name}": median(s / t for s, t in zip(seconds["split"], seconds[name], strict=True))
         for name in ("stock tower", "stock, cut")
     }
-    print(
-        json.dumps(
-            {"images": options.images, "pairs": options.pairs, **{k: round(v, 3) for k, v in ratios.items()}}
-        )
-    )
-
-
-if __name__ == "__main__":
-    main()
+    return {"images": images, "pairs": pairs, **{k: round(v, 3) for k, v in ratios.items()}}

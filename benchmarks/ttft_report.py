@@ -53,7 +53,7 @@ def _origins(rows: list[dict]) -> list[str]:
 def render_plot(rows: list[dict], path: Path) -> None:
     """How much faster than LLaVA each mode is over the fresh share, one panel per shape and batch, as a PNG.
 
-    Dashed lines: what FLOPs alone would allow.
+    Dashed lines: what FLOPs alone would allow. All panels have the same axes.
 
     Raises:
         ValueError: there are no rows, or no matplotlib.
@@ -65,25 +65,33 @@ def render_plot(rows: list[dict], path: Path) -> None:
     columns = min(3, len(keys))
     lines = -(-len(keys) // columns)
     width, height = max(6.4, 4.6 * columns), 3.9 * lines + 1.1
-    figure, grid = plt.subplots(lines, columns, figsize=(width, height), squeeze=False)
-    colours = {"cold": "#d1711f", "tokens": "#2a6fbb", "tokens+prefix": "#2c8a4b"}
+    figure, grid = plt.subplots(
+        lines, columns, figsize=(width, height), squeeze=False, sharex=True, sharey=True
+    )
+    # Orange: everything is encoded freshly. Blue: the background is reused, the darker the more of it.
+    styles = {
+        "cold": ("#f0841e", "nothing reused"),
+        "tokens": ("#7fb0e6", "vision tokens reused"),
+        "tokens+prefix": ("#1f5aa6", "prefix reused"),
+    }
     for axes in grid.flat[len(keys) :]:
         axes.set_visible(False)
     for axes, key in zip(grid.flat, keys, strict=False):
         panel = _panel_rows(rows, key)
-        for mode, colour in colours.items():
+        for mode, (colour, words) in styles.items():
             points = [row for row in panel if row["mode"] == mode]
             x = [100 * row["measured_fresh_share"] for row in points]
             measured, ideal = (
                 [row[name] for row in points] for name in ("ratio_to_llava", "flop_ideal_ratio")
             )
-            axes.plot(x, measured, "o-", color=colour, label=mode)
+            axes.plot(x, measured, "o-", color=colour, label=words)
             style = {"alpha": 0.6, "markersize": 5, "linewidth": 1.2}
-            axes.plot(x, ideal, "x--", color=colour, label=f"{mode}: FLOP ideal", **style)
+            axes.plot(x, ideal, "x--", color=colour, label=f"{words}: FLOP ideal", **style)
         axes.axhline(1, color="0.35", linewidth=1.2, zorder=1, label="LLaVA")
         axes.set_title(_panel_title(key), fontsize=10)
         axes.set_xlabel("patches that differ from the background, %")
         axes.set_ylabel("times faster than LLaVA")
+        axes.tick_params(labelbottom=True, labelleft=True)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

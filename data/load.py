@@ -1,19 +1,17 @@
 """Loads public data sets as examples and as training rows; bad rows are found before training.
 
-    python -m backdrop.data.load vqav2 data/vqav2 --split train --images data/coco --limit 1000 --show 3
-    python -m backdrop.data.load llava_instruct liuhaotian/LLaVA-Instruct-150K --images data --out runs/mix
+    backdrop data vqav2 data/vqav2 --split train --images data/coco --limit 1000 --show 3
+    backdrop data llava_instruct liuhaotian/LLaVA-Instruct-150K --images data --out runs/mix
 
 A source is a folder with the set's original files, one such file, local files with the columns of a Hub mirror, or a
 Hub id; `backdrop.data.sources` says for each set which. `--out` keeps the rows (`save_to_disk`): the images are
 decoded once, and the folder is read back as the data set "rows".
 """
 
-import argparse
 import atexit
 import json
 import os
 import shutil
-import sys
 import tempfile
 import uuid
 from collections import deque
@@ -314,14 +312,16 @@ def save_rows(rows: Dataset, bad_rows: BadRows, folder: Path) -> None:
         raise
 
 
-def _without_image(rows: Dataset) -> int:
+def without_image(rows: Dataset) -> int:
+    """How many rows have no image."""
     tables = rows.select_columns(["images"]).with_format("arrow").iter(batch_size=1000)
     return sum(
         compute.sum(compute.equal(compute.list_value_length(table["images"]), 0)).as_py() for table in tables
     )
 
 
-def _describe(row: dict) -> str:
+def describe_row(row: dict) -> str:
+    """A row in words: its id and images' sizes, then each message on a line."""
     pictures = (
         ", ".join(f"{image.width} x {image.height} {image.mode}" for image in row["images"]) or "no image"
     )
@@ -332,50 +332,3 @@ def _describe(row: dict) -> str:
             content = " ".join("<image>" if part["type"] == "image" else part["text"] for part in content)
         lines.append(f"  {message['role']}: {content}")
     return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m backdrop.data.load",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("name", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument("source", metavar="SOURCE", help="folder, file or Hub id")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--images", type=Path, help="folder of the image files, if not the source's own")
-    parser.add_argument("--limit", type=int, help="at most so many rows")
-    parser.add_argument("--on-bad-row", choices=["skip", "raise"], default="skip")
-    parser.add_argument("--no-check-images", action="store_true", help="believe that files can be decoded")
-    parser.add_argument("--image-position", choices=IMAGE_POSITIONS, default="first")
-    parser.add_argument("--ocr-tokens", action="store_true", help="TextVQA: with reference OCR tokens")
-    parser.add_argument("--out", type=Path, help="new folder to keep the rows in")
-    parser.add_argument("--show", type=int, default=3, help="how many rows to print")
-    options = parser.parse_args()
-    if options.out and options.out.exists():
-        parser.error(f"--out: {options.out} exists; wanted a new folder.")
-    try:
-        rows, bad_rows = load_rows(
-            options.name,
-            options.source,
-            split=options.split,
-            images=options.images,
-            on_bad_row=options.on_bad_row,
-            limit=options.limit,
-            check_images=not options.no_check_images,
-            image_position=options.image_position,
-            ocr_tokens=options.ocr_tokens,
-        )
-        if options.out:
-            save_rows(rows, bad_rows, options.out)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(f"{len(rows):,} rows, {_without_image(rows):,} without an image; {bad_rows.summary()}")
-    for row in rows.select(range(min(options.show, len(rows)))):
-        print(_describe(row))
-    if options.out:
-        print(f"{options.out}: written")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,14 @@
 """Backdrop as a model of lmms-eval, so that its tasks run through the same answers as `backdrop eval`.
 
-    python -m backdrop.evaluation.harness --model backdrop --model_args pretrained=my-model,mode=matched,tolerance=10 \\
+    backdrop lmms-eval --model backdrop --model_args pretrained=my-model,mode=matched,tolerance=10 \\
         --tasks pope --batch_size 16 --output_path runs/harness
 
 All arguments are lmms-eval's own (`python -m lmms_eval --help`); this module registers the model and hands over.
 """
 
+import sys
 from itertools import islice
+from unittest import mock
 
 from lmms_eval.api.model import lmms
 from lmms_eval.models import MODEL_REGISTRY_V2
@@ -102,13 +104,11 @@ def _cut(text: str, options: dict) -> str:
     return text.strip()
 
 
-def main() -> None:
-    """lmms-eval's command line, with the model "backdrop" in it."""
+def run_harness(arguments: list[str]) -> None:
+    """lmms-eval's command line with `arguments`, and the model "backdrop" in it."""
     from lmms_eval.__main__ import cli_evaluate
 
     MODEL_REGISTRY_V2.register_manifest(MANIFEST, overwrite=True)
-    cli_evaluate()
-
-
-if __name__ == "__main__":
-    main()
+    # lmms-eval reads its options, and those of configuration files, from the program's arguments.
+    with mock.patch.object(sys, "argv", ["lmms-eval", *arguments]):
+        cli_evaluate()

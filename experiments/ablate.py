@@ -1,6 +1,6 @@
 """A matrix of recipes on the same data and questions, one table, one plot.
 
-    python -m backdrop.experiments.ablate experiments/recipes/ablate_scenes.yaml --report docs/ablations.json
+    backdrop ablate experiments/recipes/ablate_scenes.yaml --report docs/ablations.json
 
 The matrix names a `base` recipe and `axes`: what to change, one value at a time (`design: one_at_a_time`, a star around
 the base) or in all combinations (`design: product`). Rows of made scenes (`rows`) are made by each cell's own processor, so
@@ -9,7 +9,6 @@ folder), run once for each seed; a run that was cut off goes on.
 Differences to the base are paired: same questions, same seed.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -238,8 +237,9 @@ def plot(report: dict, path: Path) -> None:
     names = list(dict.fromkeys(row["cell"] for row in shown))
     height = 1.2 + 0.32 * len(names)
     figure, panels = plt.subplots(
-        1, len(forms), figsize=(4.6 * len(forms) + 2, height), sharey=True, squeeze=False
+        1, len(forms), figsize=(4.6 * len(forms) + 2, height), sharex=True, sharey=True, squeeze=False
     )
+    ends = []  # of all panels, which have the same axes
     for axis, form in zip(panels[0], forms, strict=True):
         rows = [row for row in shown if row["panel"] == form]
         bases = [100 * row["score"]["value"] for row in rows if row["cell"] == names[0]]
@@ -249,7 +249,7 @@ def plot(report: dict, path: Path) -> None:
             match = row["score"]
             value, low, high = (100 * match[key] for key in ("value", "low", "high"))
             place = len(names) - 1 - names.index(row["cell"])
-            colour = "#c2410c" if row["cell"] == names[0] else "#1d4ed8"
+            colour = "#111827" if row["cell"] == names[0] else "#7d3fb5"
             if abs(value - middle) > FAR:
                 # What is far off would leave no room to tell the others apart.
                 axis.annotate(
@@ -269,11 +269,12 @@ def plot(report: dict, path: Path) -> None:
             )
             if row["cell"] == names[0]:
                 axis.axvspan(low, high, color=colour, alpha=0.08, lw=0)
-        axis.set_xlim(left - 1, right + 1)
+        ends += [left, right]
         squares = any(row["form"] == "llava" for row in rows)
         axis.set_title(f"{form} (squares: whole images)" if squares else form)
         axis.set_xlabel(f"{report['metric']}, % [95%]")
         axis.grid(axis="x", alpha=0.3)
+    panels[0][0].set_xlim(min(ends) - 1, max(ends) + 1)
     panels[0][0].set_yticks(range(len(names)), names[::-1])
     figure.tight_layout()
     partial = path.with_name(f".{path.name}")
@@ -282,29 +283,11 @@ def plot(report: dict, path: Path) -> None:
     os.replace(partial, path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("matrix", type=Path)
-    parser.add_argument("--report", type=Path, help="JSON; .md and .png lie beside it (OUT/report.json)")
-    parser.add_argument("--list", action="store_true", help="print the cells and their recipes, run nothing")
-    options = parser.parse_args()
-    matrix = read_matrix(options.matrix)
-    if options.list:
-        for cell in matrix.cells():
-            print(f"# {cell.name}\n{yaml.safe_dump({**cell.recipe, 'rows': cell.rows}, sort_keys=False)}")
-        return
-    report = run_matrix(matrix)
-    path = options.report or Path(matrix.out, "report.json")
+def write_report(report: dict, path: Path, matrix_path: Path) -> None:
+    """Writes the report as JSON; its table (.md), headed by the command that makes it, and its plot (.png) beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(report, indent=2, default=str) + "\n")
-    command = f"`python -m backdrop.experiments.ablate {options.matrix} --report {path}`"
+    command = f"`backdrop ablate {matrix_path} --report {path}`"
     write_atomically(path.with_suffix(".md"), f"{command}\n\n{markdown(report)}\n")
     if report["cells"]:
         plot(report, path.with_suffix(".png"))
-    print(markdown(report))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,11 @@
 """A ladder: a chain of recipes, each of which starts from the checkpoint of the one before, and each scored.
 
-    python -m backdrop.experiments.ladder experiments/recipes/ladder/scenes.yaml
+    backdrop ladder experiments/recipes/ladder/scenes.yaml
 
 The chain's file names the start, the stages (recipes beside it), what all of them have in common (`common`), how rows
 are made (`rows`) or where they are (`common: {dataset: ...}`), and the score. A run that was cut off goes on.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -85,19 +84,7 @@ def markdown(report: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("chain", type=Path)
-    parser.add_argument("--report", type=Path, help="JSON of the report; a .md lies beside it")
-    options = parser.parse_args()
-    report = run_ladder(read_chain(options.chain))
-    if options.report:
-        write_atomically(options.report, json.dumps(report, indent=2) + "\n")
-        write_atomically(options.report.with_suffix(".md"), markdown(report) + "\n")
-    print(markdown(report))
-
-
-if __name__ == "__main__":
-    main()
+def write_report(report: dict, path: Path) -> None:
+    """Writes the report as JSON, and its table (.md) beside it."""
+    write_atomically(path, json.dumps(report, indent=2) + "\n")
+    write_atomically(path.with_suffix(".md"), markdown(report) + "\n")

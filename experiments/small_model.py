@@ -1,17 +1,15 @@
 """The small model and its accuracy table from nothing but seeds, in one command.
 
-    python -m backdrop.experiments.small_model --work runs/scenes --report docs/scenes-accuracy.json
-    python -m backdrop.experiments.small_model --work runs/seed1 --seed 1 --size reduced --report docs/scenes-accuracy-seed1.json
-    python -m backdrop.experiments.small_model --work runs/scenes --until scenes_llava_2
+    backdrop scenes model --work runs/scenes --report docs/scenes-accuracy.json
+    backdrop scenes model --work runs/seed1 --seed 1 --size reduced --report docs/scenes-accuracy-seed1.json
+    backdrop scenes model --work runs/scenes --until scenes_llava_2
 
 Detector, tower, base model, rows in both forms, the recipes scenes_llava_1 to 4 (plain LLaVA) and scenes_split, which goes
 on in groups where scenes_llava_4 goes on with whole images; and the questions: same scenes, steps and sizes for both. A
 run that was cut off goes on with the step it was in.
 """
 
-import argparse
 import hashlib
-import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -19,10 +17,9 @@ from pathlib import Path
 
 import yaml
 
-from backdrop.data.atomic import write_atomically
 from backdrop.evaluation.answering import load
 from backdrop.scenes.exam import run_scenes
-from backdrop.scenes.exam_report import markdown
+from backdrop.scenes.exam_report import write_report
 
 from .steps import folder_digest, run_logged, step, train_stage
 
@@ -132,7 +129,7 @@ def _base(work: Path, seed: int, size: Size, detector: Path | None) -> Path:
     base = work / "base"
     _command(
         base,
-        ["base_model", "--tower", work / "tower" / "vision_tower", *source, "--out", base, "--seed", seed],
+        ["base-model", "--tower", work / "tower" / "vision_tower", *source, "--out", base, "--seed", seed],
         start=folder_digest(work / "tower" / "vision_tower")
         + (
             hashlib.sha256(checkpoint.read_bytes()).hexdigest()
@@ -163,61 +160,33 @@ def _rows(work: Path, seed: int, size: Size, base: Path, shares: dict, name: str
 
 
 def _command(folder: Path, arguments: list, start: str = "") -> None:
-    """Runs one module of `backdrop.scenes` as a step; what it has written stays there when it is cut off."""
+    """Runs one command of `backdrop scenes` as a step; what it has written stays there when it is cut off."""
     words = [str(argument) for argument in arguments]
 
     def work() -> None:
         print(" ".join(words), flush=True)
-        run_logged([sys.executable, "-m", f"backdrop.scenes.{words[0]}", *words[1:]], folder / "log.txt")
+        run_logged([sys.executable, "-m", "backdrop", "scenes", *words], folder / "log.txt")
 
     step(folder, {"arguments": words, "start": start}, work)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder of everything that is made on the way"
-    )
-    parser.add_argument("--report", type=Path, help="JSON of the table; a .md lies beside it")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", choices=list(SIZES), default="full")
-    parser.add_argument(
-        "--detector-of", type=Path, help="a model folder whose detector is taken instead of training one"
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=1, choices=(1, 2), help="2: the last stage of both forms at a time"
-    )
-    parser.add_argument(
-        "--until",
-        choices=LLAVA[:3],
-        help="train no further and make no table: where ladders and ablations start",
-    )
-    options = parser.parse_args()
-    if (options.report is None) == (options.until is None):
-        parser.error("wanted either --report (the whole chain and its table) or --until (its first stages)")
-    size = SIZES[options.size]
-    models = make(options.work, options.seed, size, options.detector_of, options.jobs, options.until)
-    if options.until:
-        print(f"model: {models[0]}")
-        return
-    llava, groups = models
+def make_table(
+    work: Path, report_path: Path, seed: int, size: Size, detector: Path | None = None, jobs: int = 1
+) -> tuple[dict, tuple[Path, Path]]:
+    """Trains both models and scores them: the report, also written (JSON, and a table beside it), and the models' folders.
+
+    Args: see `make`.
+    """
+    llava, groups = make(work, seed, size, detector, jobs)
     sources = {"llava": str(llava), "model": str(groups)}
     report = run_scenes(
         {name: load(source, "cpu") for name, source in sources.items()},
         sources,
         scenes=size.eval_scenes,
         questions=size.questions,
-        work=options.work / "answers",
-        seed=options.seed,
+        work=work / "answers",
+        seed=seed,
     )
-    report |= {"size": asdict(size), "training_seed": options.seed}
-    write_atomically(options.report, json.dumps(report, indent=2) + "\n")
-    write_atomically(options.report.with_suffix(".md"), markdown(report))
-    print(markdown(report))
-    print(f"models: {llava} and {groups}")
-
-
-if __name__ == "__main__":
-    main()
+    report |= {"size": asdict(size), "training_seed": seed}
+    write_report(report, report_path)
+    return report, (llava, groups)

@@ -235,7 +235,7 @@ def train_stage(recipe: dict, start: str | Path, folder: Path) -> Path:
     def work() -> None:
         path = folder / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-        command = [sys.executable, "-m", "backdrop.train.sft", "--config", str(path)]
+        command = [sys.executable, "-m", "backdrop", "train", "--config", str(path)]
         if out.is_dir() and get_last_checkpoint(str(out)):
             command += ["--resume_from_checkpoint", get_last_checkpoint(str(out))]
         run_logged(command, folder / "train.log")
@@ -245,7 +245,7 @@ def train_stage(recipe: dict, start: str | Path, folder: Path) -> Path:
 
 
 def scene_rows(start: str | Path, options: dict, folder: Path) -> Path:
-    """Rows of groups made by the processor of `start` (`backdrop.scenes.rows`); their folder.
+    """Rows of groups made by the processor of `start` (`backdrop scenes rows`); their folder.
 
     They depend on the image processor and the detector alone: models that split alike share them.
     """
@@ -254,7 +254,7 @@ def scene_rows(start: str | Path, options: dict, folder: Path) -> Path:
     rows = own / "rows"
 
     def work() -> None:
-        command = [sys.executable, "-m", "backdrop.scenes.rows", "--model", str(start)]
+        command = [sys.executable, "-m", "backdrop", "scenes", "rows", "--model", str(start)]
         for name, value in (options | {"out": rows}).items():
             command += [f"--{name}", str(value)]
         run_logged(command, own / "rows.log")
@@ -279,7 +279,7 @@ def run_logged(command: list[str], log: Path) -> None:
     if result.returncode:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         raise RuntimeError(
-            f"{' '.join(command[2:5])} ended with {result.returncode}: {lines[-1]} (see {log})"
+            f"{' '.join(command[2:6])} ended with {result.returncode}: {lines[-1]} (see {log})"
         )
 
 

@@ -5,10 +5,9 @@ give the sum of the embeddings of those words: regression, without a pass throug
 pretrained language model then reads image tokens much as it reads text, where a projector from scratch would need far more
 steps than two CPU cores can take through 135 M parameters.
 
-    python -m backdrop.scenes.align_words --model runs/smollm2/base --out runs/smollm2/aligned
+    backdrop scenes align-words --model runs/smollm2/base --out runs/smollm2/aligned
 """
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -136,43 +135,40 @@ def align(
     return shares[0], shares[-1]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, required=True, help="folder of `backdrop.scenes.base_model`")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    torch.manual_seed(options.seed)
-    model = BackdropForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32)
+def align_words(
+    model_folder: Path,
+    out: Path,
+    *,
+    images: int = 2000,
+    steps: int = 400,
+    batch_size: int = 16,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+) -> dict:
+    """Trains the projector of a model that `make_base` wrote, and writes the model; the report, also in `words.json`.
+
+    Raises:
+        ValueError: the model's tower takes other images than the made scenes.
+    """
+    torch.manual_seed(seed)
+    model = BackdropForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32)
     vision = model.config.vision_config
     if (vision.image_size, vision.patch_size) != (IMAGE_SIZE, PATCH_SIZE):
-        parser.error(
-            f"the tower takes {vision.image_size} px in patches of {vision.patch_size}; wanted {IMAGE_SIZE} in {PATCH_SIZE}"
+        raise ValueError(
+            f"The tower takes {vision.image_size} px in patches of {vision.patch_size}; wanted {IMAGE_SIZE} in {PATCH_SIZE}."
         )
-    processor = BackdropProcessor.from_pretrained(options.model)
+    processor = BackdropProcessor.from_pretrained(model_folder)
     model.requires_grad_(False)
     table = word_table(processor.tokenizer, model.get_input_embeddings().weight)
-    cache = options.out.with_name(f"{options.out.name}.scenes")
-    data = open_scenes(cache, "train", options.images, options.seed)
-    validation = open_scenes(cache, "validation", min(128, options.images), options.seed)
-    first, last = align(
-        model, table, data, options.steps, options.batch_size, options.learning_rate, options.seed
-    )
+    cache = out.with_name(f"{out.name}.scenes")
+    data = open_scenes(cache, "train", images, seed)
+    validation = open_scenes(cache, "validation", min(128, images), seed)
+    first, last = align(model, table, data, steps, batch_size, learning_rate, seed)
     model.eval()
-    model.save_pretrained(options.out)
-    processor.save_pretrained(options.out)
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
     shutil.rmtree(cache)
     report = {"unexplained": {"first": first, "last": last}}
     report["validation_accuracy"] = accuracy(model, table, validation)
-    write_atomically(options.out / "words.json", json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
-
-
-if __name__ == "__main__":
-    main()
+    write_atomically(out / "words.json", json.dumps(report, indent=2) + "\n")
+    return report

@@ -1,12 +1,11 @@
 """The small model before its finetuning: a tokenizer, the pretrained tower, a language model, a detector.
 
-    python -m backdrop.scenes.base_model --tower runs/tower/vision_tower --detector runs/scene_detector/detector.pt --out runs/scene_base
+    backdrop scenes base-model --tower runs/tower/vision_tower --detector runs/scene_detector/detector.pt --out runs/scene_base
 
 The language model is fresh and small, or, with `--language-model`, a pretrained Llama with its own tokenizer: a folder or
 a GGUF file, such as SmolLM2-135M-Instruct's.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -122,33 +121,38 @@ def build(
     return model, processor
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    tower = parser.add_mutually_exclusive_group(required=True)
-    tower.add_argument("--tower", type=Path, help="folder of the pretrained CLIPVisionModel")
-    tower.add_argument("--tower-of", type=Path, help="model folder whose tower is taken")
-    detector = parser.add_mutually_exclusive_group(required=True)
-    detector.add_argument("--detector", type=Path, help="ultralytics checkpoint (.pt)")
-    detector.add_argument("--detector-of", type=Path, help="model folder whose detector is taken")
-    parser.add_argument("--language-model", type=Path, help="pretrained Llama: a folder or a .gguf file")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    if options.detector is not None:
-        detector = ObjectDetector.from_name_or_path(str(options.detector))
-    else:
-        detector = ObjectDetector.from_folder(str(options.detector_of))
-    if options.tower is not None:
-        tower = CLIPVisionModel.from_pretrained(options.tower)
-    else:
-        tower = BackdropForConditionalGeneration.from_pretrained(options.tower_of).model.vision_tower
-    model, processor = build(tower, detector, options.seed, options.language_model)
-    model.save_pretrained(options.out)
-    processor.save_pretrained(options.out)
-    print(f"{options.out}: {model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens")
+def make_base(
+    out: Path,
+    *,
+    tower: Path | None = None,
+    tower_of: Path | None = None,
+    detector: Path | None = None,
+    detector_of: Path | None = None,
+    language_model: Path | None = None,
+    seed: int = 0,
+) -> tuple[BackdropForConditionalGeneration, BackdropProcessor]:
+    """Builds the model and writes its folder.
 
+    Args:
+        tower, tower_of: folder of the pretrained CLIPVisionModel, or a model folder whose tower is taken.
+        detector, detector_of: an ultralytics checkpoint (.pt), or a model folder whose detector is taken.
+        language_model: see `build`.
 
-if __name__ == "__main__":
-    main()
+    Raises:
+        ValueError: both or neither of a pair were given.
+    """
+    for name, pair in (("tower", (tower, tower_of)), ("detector", (detector, detector_of))):
+        if (pair[0] is None) == (pair[1] is None):
+            raise ValueError(f"Wanted either --{name} or --{name}-of, and not both.")
+    if detector is not None:
+        found = ObjectDetector.from_name_or_path(str(detector))
+    else:
+        found = ObjectDetector.from_folder(str(detector_of))
+    if tower is not None:
+        vision = CLIPVisionModel.from_pretrained(tower)
+    else:
+        vision = BackdropForConditionalGeneration.from_pretrained(tower_of).model.vision_tower
+    model, processor = build(vision, found, seed, language_model)
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    return model, processor

@@ -4,7 +4,7 @@ The scenes are not scaled: their 168 x 168 pixels are padded with grey on the ri
 multiple of the detector's largest stride, so that boxes are in image pixels. Pad images with `pad_to_detector`
 before handing them to the detector too, for it would stretch 168 pixels to 192 otherwise.
 
-``python -m backdrop.scenes.detector --out runs/scene_detector --images 3000 --epochs 8 --seed 0`` ends with
+``backdrop scenes detector --out runs/scene_detector --images 3000 --epochs 8 --seed 0`` ends with
 ``detector.pt``, which ``ultralytics.YOLO`` loads, and ``report.json`` in the output folder.
 
 Where other programs use the same cores, set ``OMP_WAIT_POLICY=passive`` or ``--threads 1``: PyTorch's threads wait for
@@ -13,7 +13,6 @@ each other by spinning, which on two shared cores made a step nine times as slow
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import time
@@ -185,42 +184,47 @@ def _iou(box_xyxy: Sequence[float], boxes_xyxy: np.ndarray) -> np.ndarray:
     return shared / (areas + area - shared)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains a small YOLO on the made scenes and measures it on unseen backgrounds."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for detector.pt and report.json")
-    parser.add_argument("--images", type=int, default=3000, help="training images")
-    parser.add_argument(
-        "--test-images", type=int, default=400, help="images from unseen backgrounds to measure on"
-    )
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--width", type=float, default=0.125, help="YOLOv8 channels are multiplied by this")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
+def make_detector(
+    out: Path,
+    *,
+    images: int = 3000,
+    test_images: int = 400,
+    epochs: int = 8,
+    batch_size: int = 16,
+    learning_rate: float = 2e-3,
+    width: float = 0.125,
+    threads: int = 2,
+    seed: int = 0,
+) -> dict:
+    """Trains a small YOLO on the made scenes and measures it on unseen backgrounds; the report.
 
-    out = options.out
+    Args:
+        out: folder for `detector.pt` and `report.json`.
+        images, test_images: scenes to train on; scenes with unseen backgrounds to measure on.
+        width: YOLOv8's channels are multiplied by this.
+        threads: CPU threads.
+    """
+    options = {
+        "out": str(out),
+        "images": images,
+        "test_images": test_images,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "width": width,
+        "threads": threads,
+        "seed": seed,
+    }
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     counts: dict[Split, int] = {
-        "train": options.images,
-        "validation": max(16, options.images // 20),
-        "test": options.test_images,
+        "train": images,
+        "validation": max(16, images // 20),
+        "test": test_images,
     }
-    data = write_yolo_dataset(out / "dataset", counts, options.seed)
+    data = write_yolo_dataset(out / "dataset", counts, seed)
     written = time.perf_counter()
-    checkpoint = train_detector(
-        out,
-        data,
-        options.width,
-        options.epochs,
-        options.batch_size,
-        options.learning_rate,
-        options.seed,
-        options.threads,
-    )
+    checkpoint = train_detector(out, data, width, epochs, batch_size, learning_rate, seed, threads)
     trained = time.perf_counter()
     shutil.copyfile(checkpoint, out / "detector.pt")
 
@@ -241,18 +245,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "parameters": sum(p.numel() for p in model.model.parameters()),
         "test_map50": float(boxes.map50),
         "test_map50_95": float(boxes.map),
-        "test_at_confidence_0.25": measure_detector(model, "test", options.test_images, options.seed),
+        "test_at_confidence_0.25": measure_detector(model, "test", test_images, seed),
         "seconds": {
             "dataset": round(written - started, 1),
             "training": round(trained - written, 1),
             "measuring": round(time.perf_counter() - trained, 1),
         },
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+        "options": options,
         "versions": {"torch": torch.__version__, "ultralytics": ultralytics.__version__},
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
-
-
-if __name__ == "__main__":
-    main()
+    return report

@@ -1,6 +1,6 @@
 """Accuracy on made scenes with backgrounds that training never saw, in every form that Backdrop answers in.
 
-    python -m backdrop.scenes.exam --llava runs/llava-model --model examples/scenes-model --scenes 4000 \\
+    backdrop scenes exam --llava runs/llava-model --model examples/scenes-model --scenes 4000 \\
         --questions 3 --seed 0 --out docs/scenes-accuracy.json
 
 All forms are asked the same questions about the same frames, so that their differences are paired:
@@ -17,8 +17,6 @@ All forms are asked the same questions about the same frames, so that their diff
 Cut off, the command goes on where it stopped (a file per form in --work).
 """
 
-import argparse
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,11 +26,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from backdrop.data.atomic import write_atomically
 from backdrop.evaluation.answering import Answerer, PreparedImages, load
 from backdrop.evaluation.predictions import Predictions, model_fingerprint
 
-from .exam_report import form_report, markdown
+from .exam_report import form_report, write_report
 from .world import (
     FAMILIES,
     Question,
@@ -303,37 +300,36 @@ def run_scenes(
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--llava", required=True, help="model that sees whole images: a folder or a Hub id")
-    parser.add_argument("--model", required=True, help="model that sees groups")
-    parser.add_argument("--scenes", type=int, default=4000)
-    parser.add_argument("--questions", type=int, default=3, help="questions per scene")
-    parser.add_argument("--split", choices=["validation", "test"], default="test")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=BATCH, help="questions answered together")
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/scenes-accuracy"), help="folder of the records"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="JSON of the report; a .md lies beside it")
-    options = parser.parse_args()
-    sources = {"llava": options.llava, "model": options.model}
+def run_exam(
+    llava: str,
+    model: str,
+    out: Path,
+    *,
+    scenes: int = 4000,
+    questions: int = 3,
+    split: Split = "test",
+    seed: int = 0,
+    batch_size: int = BATCH,
+    work: Path = Path("runs/scenes-accuracy"),
+) -> dict:
+    """Loads both models, asks the questions of all forms, and writes the report: JSON at `out`, a table (.md) beside it.
+
+    Args:
+        llava: model that sees whole images: a folder or a Hub id.
+        model: model that sees groups.
+        scenes, questions, split, seed, work: see `run_scenes`.
+        batch_size: questions answered together.
+    """
+    sources = {"llava": llava, "model": model}
     report = run_scenes(
         {name: load(source) for name, source in sources.items()},
         sources,
-        scenes=options.scenes,
-        questions=options.questions,
-        work=options.work,
-        seed=options.seed,
-        split=options.split,
-        batch_size=options.batch_size,
+        scenes=scenes,
+        questions=questions,
+        work=work,
+        seed=seed,
+        split=split,
+        batch_size=batch_size,
     )
-    write_atomically(options.out, json.dumps(report, indent=2) + "\n")
-    write_atomically(options.out.with_suffix(".md"), markdown(report))
-    print(markdown(report))
-
-
-if __name__ == "__main__":
-    main()
+    write_report(report, out)
+    return report

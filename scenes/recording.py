@@ -6,7 +6,6 @@ A still photo, slow drift of the light, sensor noise, textured things that move,
 the scenes of `world`, nothing in it is labelled and no question is asked.
 """
 
-import argparse
 import importlib.util
 import io
 from collections.abc import Iterator
@@ -208,16 +207,3 @@ def _as_jpeg(pixels: np.ndarray, quality: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="JPEG", quality=quality)
     return buffer.getvalue()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Writes a made recording of a fixed camera.")
-    parser.add_argument("out", type=Path, help="a folder for JPEG frames, or a .mp4/.avi")
-    parser.add_argument("--frames", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    write_recording(options.out, frames=options.frames, seed=options.seed)
-
-
-if __name__ == "__main__":
-    main()

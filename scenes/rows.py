@@ -1,6 +1,6 @@
 """Training rows from the scene generator: patch groups made by the model's own processor, and questions.
 
-    python -m backdrop.scenes.rows --model runs/scene_base --out runs/scene_rows --scenes 12000
+    backdrop scenes rows --model runs/scene_base --out runs/scene_rows --scenes 12000
 
 The detector runs here, once. Whatever the shares of the forms are, a seed gives the same scenes and questions:
 
@@ -14,9 +14,8 @@ The detector runs here, once. Whatever the shares of the forms are, a seed gives
 Half of the rows are as a fixed camera sends them (noise, light, JPEG), with a tolerance; the others as they are drawn.
 """
 
-import argparse
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -159,90 +158,84 @@ def _png(group: PatchGroup, patch_size: int, geometry: str) -> dict:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def _weights(kind: str, names: Sequence[str], base: Mapping[str, float]) -> Callable[[str], dict[str, float]]:
-    """A parser of `name=number,name=number`; names that are left out keep their number of `base`."""
+def read_weights(text: str, kind: str, names: Sequence[str], base: Mapping[str, float]) -> dict[str, float]:
+    """`"name=number,name=number"` as weights; names that are left out keep their number of `base`.
 
-    def parse(text: str) -> dict[str, float]:
-        weights = dict(base)
-        for part in text.split(","):
-            name, _, number = part.partition("=")
-            if name not in names:
-                raise argparse.ArgumentTypeError(f"unknown {kind} {name!r}; known: {', '.join(names)}")
-            try:
-                weights[name] = float(number)
-            except ValueError:
-                raise argparse.ArgumentTypeError(
-                    f"weight of {name!r} is {number!r}; wanted a number"
-                ) from None
-            if not 0 < weights[name] < float("inf"):
-                raise argparse.ArgumentTypeError(f"weight of {name!r} is {number}; wanted a number above 0")
-        return weights
+    Args:
+        kind: what the names are, for errors.
+        names: those that exist.
 
-    return parse
+    Raises:
+        ValueError: an unknown name, or a weight that is no number above 0.
+    """
+    weights = dict(base)
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        if name not in names:
+            raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(names)}")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            raise ValueError(f"weight of {name!r} is {number!r}; wanted a number") from None
+        if not 0 < weights[name] < float("inf"):
+            raise ValueError(f"weight of {name!r} is {number}; wanted a number above 0")
+    return weights
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, required=True, help="folder whose processor splits the scenes")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--scenes", type=int, default=12_000)
-    parser.add_argument("--questions", type=int, default=8, help="questions per scene")
-    parser.add_argument("--places", type=int, default=0, help="questions for columns per scene")
-    parser.add_argument("--split", choices=["train", "validation"], default="train")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--whole", type=float, default=0.1, help="share of whole images, 0-1")
-    parser.add_argument("--pair", type=float, default=0.35, help="share with another frame's background")
-    parser.add_argument("--stale", type=float, default=0.2, help="share with another whole frame behind")
-    parser.add_argument(
-        "--image-position",
-        choices=["first", "last"],
-        default="first",
-        help="last: behind the first question, for a model with image_position in_place",
-    )
-    parser.add_argument(
-        "--families",
-        type=_weights("family", FAMILIES, FAMILY_WEIGHTS),
-        default=FAMILY_WEIGHTS,
-        metavar="NAME=WEIGHT,...",
-        help="how often each family is drawn",
-    )
-    parser.add_argument(
-        "--topics",
-        type=_weights("topic", TOPICS, TOPIC_WEIGHTS),
-        default=TOPIC_WEIGHTS,
-        metavar="NAME=WEIGHT,...",
-        help="how often each topic is asked for where a scene has more than QUESTIONS",
-    )
-    options = parser.parse_args()
-    shares = {"whole": options.whole, "pair": options.pair, "stale": options.stale}
+def make_rows(
+    model: Path,
+    out: Path,
+    *,
+    scenes: int = 12_000,
+    questions: int = 8,
+    places: int = 0,
+    split: str = "train",
+    seed: int = 0,
+    whole: float = 0.1,
+    pair: float = 0.35,
+    stale: float = 0.2,
+    images_last: bool = False,
+    families: str | None = None,
+    topics: str | None = None,
+) -> Dataset:
+    """Makes the rows and saves them to `out`; the rest of the shares is `split`.
+
+    Args:
+        model: folder whose processor splits the scenes.
+        questions, places: questions per scene, questions for columns per scene.
+        whole, pair, stale: shares of these forms, 0-1.
+        images_last: see `rows`.
+        families, topics: how often each is drawn, as `read_weights` takes it; None: the module's own weights.
+
+    Raises:
+        ValueError: shares above 1, or weights that cannot be read.
+    """
+    shares = {"whole": whole, "pair": pair, "stale": stale}
     shares["split"] = 1 - sum(shares.values())
     if min(shares.values()) < -1e-9:
-        parser.error(
+        raise ValueError(
             f"the shares of whole, pair and stale add up to {1 - shares['split']:g}; wanted at most 1"
         )
-    processor = BackdropImageProcessor.from_pretrained(options.model)
+    family_weights = (
+        read_weights(families, "family", FAMILIES, FAMILY_WEIGHTS) if families else FAMILY_WEIGHTS
+    )
+    topic_weights = read_weights(topics, "topic", TOPICS, TOPIC_WEIGHTS) if topics else TOPIC_WEIGHTS
     dataset = Dataset.from_generator(
         rows,
-        features=FEATURES_IN_PARTS if options.image_position == "last" else FEATURES,
+        features=FEATURES_IN_PARTS if images_last else FEATURES,
         gen_kwargs={
-            "processor": processor,
-            "split": options.split,
-            "scenes": options.scenes,
-            "seed": options.seed,
-            "questions": options.questions,
+            "processor": BackdropImageProcessor.from_pretrained(model),
+            "split": split,
+            "scenes": scenes,
+            "seed": seed,
+            "questions": questions,
             "shares": shares,
-            "places": options.places,
-            "family_weights": options.families,
-            "topic_weights": options.topics,
-            "images_last": options.image_position == "last",
+            "places": places,
+            "family_weights": family_weights,
+            "topic_weights": topic_weights,
+            "images_last": images_last,
         },
-        cache_dir=str(options.out) + ".cache",
+        cache_dir=str(out) + ".cache",
     )
-    dataset.save_to_disk(options.out)
-    print(f"{options.out}: {len(dataset):,} rows")
-
-
-if __name__ == "__main__":
-    main()
+    dataset.save_to_disk(out)
+    return dataset

@@ -5,7 +5,7 @@ which colour, which thing, and whether an object's centre lies in it. Half of th
 other half object patches and background patches are encoded apart, as Backdrop does later, so that the tower learns
 to see either without the other.
 
-``python -m backdrop.scenes.tower --out runs/vision_tower`` ends with ``vision_tower`` (load it with
+``backdrop scenes tower --out runs/vision_tower`` ends with ``vision_tower`` (load it with
 ``CLIPVisionModel.from_pretrained``) and ``report.json`` in the output folder. A run that was cut off goes on with
 ``--resume`` and ends with the weights that it would have had.
 
@@ -15,13 +15,11 @@ each other by spinning, which on two shared cores made a step nine times as slow
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -201,13 +199,39 @@ def evaluate(tower: CLIPVisionModel, heads: DenseHeads, data: SceneArrays, apart
     return accuracy | {"glyph_scenes": read / len(data)}
 
 
+@dataclass(frozen=True)
+class TowerOptions:
+    """How a tower is pretrained.
+
+    Attributes:
+        resume: goes on from the folder's checkpoint if there is one.
+        images, validation_images: scenes.
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: as in `CLIPVisionConfig`.
+    """
+
+    resume: bool = False
+    images: int = 8000
+    validation_images: int = 512
+    steps: int = 1000
+    warmup_steps: int = 60
+    batch_size: int = 32
+    learning_rate: float = 1.5e-3
+    weight_decay: float = 0.05
+    checkpoint_every: int = 100
+    hidden_size: int = 192
+    intermediate_size: int = 768
+    num_hidden_layers: int = 5
+    num_attention_heads: int = 6
+    seed: int = 0
+
+
 def train(
     tower: CLIPVisionModel,
     heads: DenseHeads,
     data: SceneArrays,
     validation: SceneArrays,
     out: Path,
-    options: argparse.Namespace,
+    options: TowerOptions,
 ) -> float:
     """Trains tower and heads in place; returns the seconds taken, those before a resumption included."""
     parameters = [*tower.named_parameters(), *heads.named_parameters()]
@@ -270,37 +294,20 @@ def _save(state: dict[str, Any], path: Path) -> None:
     os.replace(partial, path)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Pretrains a small CLIP vision tower on dense labels of the made scenes."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for vision_tower/ and report.json")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the folder's checkpoint if there is one"
-    )
-    parser.add_argument("--cache", type=Path, help="folder for drawn scenes; OUT/scenes by default")
-    parser.add_argument("--images", type=int, default=8000, help="training scenes")
-    parser.add_argument("--validation-images", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--warmup-steps", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--checkpoint-every", type=int, default=100)
-    parser.add_argument("--hidden-size", type=int, default=192)
-    parser.add_argument("--intermediate-size", type=int, default=768)
-    parser.add_argument("--num-hidden-layers", type=int, default=5)
-    parser.add_argument("--num-attention-heads", type=int, default=6)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
+def pretrain(out: Path, options: TowerOptions, cache: Path | None = None, threads: int = 2) -> dict:
+    """Pretrains a small CLIP vision tower on dense labels of the made scenes; the report.
 
-    torch.set_num_threads(options.threads)
+    Args:
+        out: folder for `vision_tower/` and `report.json`.
+        cache: folder for the drawn scenes; `out / "scenes"` by default.
+        threads: CPU threads.
+    """
+    torch.set_num_threads(threads)
     torch.manual_seed(options.seed)
-    out = options.out
     out.mkdir(parents=True, exist_ok=True)
-    cache = options.cache or out / "scenes"
-    data = open_scenes(cache, "train", options.images, options.seed)
-    validation = open_scenes(cache, "validation", options.validation_images, options.seed)
+    scenes = cache or out / "scenes"
+    data = open_scenes(scenes, "train", options.images, options.seed)
+    validation = open_scenes(scenes, "validation", options.validation_images, options.seed)
 
     config = CLIPVisionConfig(
         image_size=IMAGE_SIZE,
@@ -321,12 +328,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "whole_images": evaluate(tower, heads, validation, apart=False),
         },
         "training_seconds": round(seconds, 1),
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+        "options": asdict(options)
+        | {"out": str(out), "cache": None if cache is None else str(cache), "threads": threads},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
-
-
-if __name__ == "__main__":
-    main()
+    return report

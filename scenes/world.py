@@ -20,9 +20,7 @@ This file is the door to the made world; what stands behind it has a file for ea
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 from .camera import camera_clip, disturbed
@@ -77,20 +75,3 @@ def drawing_digest() -> str:
         for path in sorted(folder.glob(f"{pattern}.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes a contact sheet of a few scenes of every family."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
-    parser.add_argument("--backgrounds", type=int, default=2, help="backgrounds of each family")
-    parser.add_argument("--frames", type=int, default=4, help="frames of each background")
-    parser.add_argument("--seed", type=int, default=0, help="first background seed")
-    options = parser.parse_args(arguments)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(options.backgrounds, options.frames, options.seed).save(options.out)
-    print(options.out)
-
-
-if __name__ == "__main__":
-    main()

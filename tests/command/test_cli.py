@@ -1,6 +1,7 @@
 """The command: help with an example, one-line errors, figures as JSON, groups and pictures."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -147,14 +148,29 @@ def test_show_and_cache_folder_need_reuse(monkeypatch, capsys, tmp_path):
 def test_a_reuse_picture_counts_its_patches(image_processor):
     from red_square import scene
 
-    from backdrop.reuse_panels import LEGEND, OBJECT, REUSED, patch_reasons, reuse_panel
+    from backdrop.reuse_panels import (
+        ENCODED,
+        LEGEND,
+        OBJECT,
+        REUSED,
+        STALE,
+        UNOWNED,
+        patch_states,
+        reuse_panel,
+        what_happened,
+    )
 
     reports = []
     image_processor.enable_background_matching(tolerance=0).observer = reports.append
     image_processor.image_groups([scene(0, 0), scene(28, 28)])
-    miss, match = (np.bincount(patch_reasons(report), minlength=len(LEGEND)).tolist() for report in reports)
-    assert miss == [0, 1, 0, 15] and match == [14, 1, 1, 0]
+    miss, match = (np.bincount(patch_states(report), minlength=len(LEGEND)) for report in reports)
+    assert miss[[REUSED, ENCODED, OBJECT, STALE, UNOWNED]].tolist() == [0, 15, 1, 0, 0]
+    assert match[[REUSED, ENCODED, OBJECT, STALE, UNOWNED]].tolist() == [14, 0, 0, 1, 1]
+    assert "New background" in what_happened(reports[0]) and "is reused" in what_happened(reports[1])
+    renewed = replace(reports[1], refreshed=True)  # known all the same: no failure
+    assert np.bincount(patch_states(renewed), minlength=len(LEGEND))[[REUSED, ENCODED]].tolist() == [0, 14]
+    assert "Known background, reference renewed" in what_happened(renewed)
     picture = np.asarray(reuse_panel(reports[1], 14, "frame"))
     # The legend's colours are on the page.
-    for colour in (REUSED, OBJECT):
-        assert (picture == colour).all(axis=-1).any()
+    for state in (REUSED, STALE, UNOWNED):
+        assert (picture == LEGEND[state][1]).all(axis=-1).any()

@@ -5,7 +5,7 @@ import yaml
 from paths import EXAMPLE
 from typer.testing import CliRunner
 
-import backdrop.serve as command
+import backdrop.commands.serve as command
 from backdrop.cli import app
 from backdrop.hub_export.extend import extend_model
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration

@@ -8,11 +8,12 @@ import sys
 import pytest
 import tiny
 import torch
+from command import run
 from datasets import Dataset, load_from_disk
 from public_sets import FEATURES, group_rows, make_coco, make_llava, put_json, read
 from trl import ModelConfig, SFTConfig
 
-from backdrop.data.load import examples, load_rows, main, save_rows
+from backdrop.data.load import examples, load_rows, save_rows
 from backdrop.data.rows import TRAINING_FEATURES, BadRows
 from backdrop.data.stored import STRUCTURED_FEATURES
 from backdrop.hub_export.chat_template import chat_template
@@ -103,7 +104,7 @@ def test_saved_rows_are_there_whole_or_not_at_all(tmp_path, monkeypatch):
         save_rows(rows, bad, tmp_path / "out")
 
 
-def test_the_command(tmp_path, monkeypatch):
+def test_the_command(tmp_path, monkeypatch, capsys):
     make_llava(tmp_path / "mix")
     path = tmp_path / "mix/llava_v1_5_mix665k.json"
     rows = json.loads(path.read_text())
@@ -112,7 +113,7 @@ def test_the_command(tmp_path, monkeypatch):
     command = ["llava_instruct", "mix", "--out", "kept", "--show", "1"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
-        [sys.executable, "-m", "backdrop.data.load", *command],
+        [sys.executable, "-m", "backdrop", "data", *command],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -125,11 +126,12 @@ def test_the_command(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").glob("backdrop-rows-*")), "scratch folders go with the process"
     put_json(path, [])
     monkeypatch.chdir(tmp_path)
-    for arguments, message in ((command[:2], "error: mix has no good row"), (command, "2")):
-        monkeypatch.setattr(sys, "argv", ["load", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        assert str(stopped.value).startswith(message)
+    for arguments, status, message in (
+        (command[:2], 1, "backdrop: mix has no good row"),
+        (command, 2, "exists; wanted a new folder"),
+    ):
+        code, _, err = run(monkeypatch, capsys, "data", *arguments)
+        assert code == status and message in err
 
 
 def trainer_for(folder, dataset):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command import run
 from datasets import Dataset, Features, Image, disable_progress_bars, load_from_disk
 from derived_sets import (
     P,
@@ -34,7 +36,6 @@ from red_detector import RedDetector
 
 from backdrop.data.derive import shards as derive_shards
 from backdrop.data.derive.groups import DatasetRows, GroupWork, groups_recipe
-from backdrop.data.derive.run import main
 from backdrop.data.derive.shards import Shard, derive, source_digest
 from backdrop.data.rows import TRAINING_FEATURES, BadRowError
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
@@ -278,7 +279,7 @@ def test_no_detector_is_said_before_any_row(tmp_path):
 
 
 @pytest.mark.real
-def test_the_command_with_a_trained_detector(tmp_path, capsys):
+def test_the_command_with_a_trained_detector(tmp_path, monkeypatch, capsys):
     from backdrop.scenes.world import render_scene
 
     scenes = [render_scene("street", seed, seed).image for seed in (1, 2)]
@@ -295,28 +296,21 @@ def test_the_command_with_a_trained_detector(tmp_path, capsys):
         "--workers",
         "1",
     ]
-    main([*arguments, "--out", str(tmp_path / "out")])
-    assert "2 rows from 2; no bad rows" in capsys.readouterr().out
+    code, out, _ = run(monkeypatch, capsys, "derive", *arguments, "--out", tmp_path / "out")
+    assert code == 0 and "2 rows from 2; no bad rows" in out
     processor = BackdropImageProcessor.from_pretrained(SCENES_MODEL)
     for row, found in zip(contents(tmp_path / "out"), processor.image_groups(scenes), strict=True):
         images = [np.asarray(PILImage.open(BytesIO(image["bytes"]))) for image in row["images"]]
         assert len(images) == len(found) == 2
         for image, group in zip(images, found, strict=True):
             assert np.array_equal(image, np.asarray(group_to_image(group, processor.patch_size)))
-    with pytest.raises(SystemExit, match="error: .* was made with another shard_rows"):
-        main(
-            [
-                *arguments[:3],
-                "--dataset",
-                str(tmp_path / "rows"),
-                "--out",
-                str(tmp_path / "out"),
-                "--shard-rows",
-                "9",
-            ]
-        )
+    code, _, err = run(
+        monkeypatch, capsys, "derive", *arguments, "--out", tmp_path / "out", "--shard-rows", "9"
+    )
+    assert code != 0 and re.search("backdrop: .* was made with another shard_rows", err)
 
 
-def test_the_command_names_what_it_lacks(tmp_path):
-    with pytest.raises(SystemExit, match="error: Wanted either --coco-captions"):
-        main(["captions", "--model", "m", "--images", str(tmp_path), "--out", str(tmp_path / "out")])
+def test_the_command_names_what_it_lacks(tmp_path, monkeypatch, capsys):
+    arguments = ["captions", "--model", "m", "--images", tmp_path, "--out", tmp_path / "out"]
+    code, _, err = run(monkeypatch, capsys, "derive", *arguments)
+    assert code != 0 and "backdrop: Wanted either --coco-captions" in err

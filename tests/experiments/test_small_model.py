@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from command import run
 from paths import EXAMPLE
 from transformers import LlamaForCausalLM
 
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.processing_backdrop import BackdropProcessor
 from backdrop.scenes import align_words
-from backdrop.scenes import base_model as scene_model
 from backdrop.scenes.exam import FORMS
 from backdrop.scenes.world import DENSE_LABELS
 
@@ -25,7 +25,9 @@ def test_the_accuracy_table_in_miniature(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "backdrop.experiments.small_model",
+        "backdrop",
+        "scenes",
+        "model",
         "--work",
         tmp_path / "work",
         "--size",
@@ -66,16 +68,14 @@ def test_the_accuracy_table_in_miniature(tmp_path):
     )
 
 
-def test_a_pretrained_language_model_joins_the_tower_of_a_finished_model(tmp_path, monkeypatch):
+def test_a_pretrained_language_model_joins_the_tower_of_a_finished_model(tmp_path, monkeypatch, capsys):
     tokenizer = tiny.tokenizer()
     pretrained = LlamaForCausalLM(tiny.text_config(vocab_size=len(tokenizer), tie_word_embeddings=False))
     pretrained.save_pretrained(tmp_path / "llama")
     tokenizer.save_pretrained(tmp_path / "llama")
     arguments = ["--tower-of", EXAMPLE, "--detector-of", EXAMPLE, "--language-model", tmp_path / "llama"]
-    monkeypatch.setattr(
-        sys, "argv", ["scene_model", *(str(a) for a in arguments), "--out", str(tmp_path / "base")]
-    )
-    scene_model.main()
+    code, _, err = run(monkeypatch, capsys, "scenes", "base-model", *arguments, "--out", tmp_path / "base")
+    assert code == 0, err
     base = BackdropForConditionalGeneration.from_pretrained(tmp_path / "base")
     finished = BackdropForConditionalGeneration.from_pretrained(EXAMPLE)
     tower, expected = base.model.vision_tower.state_dict(), finished.model.vision_tower.state_dict()
@@ -91,15 +91,18 @@ def test_a_pretrained_language_model_joins_the_tower_of_a_finished_model(tmp_pat
     assert ours.read_bytes() == example.read_bytes()
 
     # Its projector then learns to give what the language model keeps under a patch's names, and nothing else changes.
-    align_words.main(
-        [
-            f"--model={tmp_path / 'base'}",
-            f"--out={tmp_path / 'aligned'}",
-            "--images=24",
-            "--steps=30",
-            "--batch-size=4",
-        ]
+    code, _, err = run(
+        monkeypatch,
+        capsys,
+        "scenes",
+        "align-words",
+        f"--model={tmp_path / 'base'}",
+        f"--out={tmp_path / 'aligned'}",
+        "--images=24",
+        "--steps=30",
+        "--batch-size=4",
     )
+    assert code == 0, err
     report = json.loads((tmp_path / "aligned" / "words.json").read_text())
     assert report["unexplained"]["last"] < report["unexplained"]["first"] / 2
     aligned = BackdropForConditionalGeneration.from_pretrained(tmp_path / "aligned").state_dict()

@@ -8,9 +8,13 @@ from typing import Annotated
 
 import typer
 
-EPILOG = (
-    "Example: `backdrop serve examples/scenes-model --port 8000`, then "
-    "`curl localhost:8000/v1/models`; with keys and limits: `--config gateway.yaml`; vLLM's own options: `-- --enforce-eager`"
+from .options import examples, known_model
+
+EXAMPLE = examples(
+    "make serve-setup",
+    """backdrop serve examples/scenes-model --port 8000 --dtype float32 \\
+    --max-model-len 512 --backgrounds 100 -- --enforce-eager""",
+    "curl localhost:8000/v1/models",
 )
 
 # Longer than clients (httpx and what is built on it: 5) and load balancers (usually 60) keep an idle connection: where both
@@ -19,7 +23,9 @@ KEEPALIVE_SECONDS = 75
 
 
 def serve(
-    model: Annotated[str | None, typer.Argument(help="Exported Backdrop folder or Hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Exported Backdrop folder or Hub id.", callback=known_model)
+    ] = None,
     engine_args: Annotated[
         list[str] | None, typer.Argument(help="After `--`: further arguments of vLLM's server.")
     ] = None,
@@ -27,32 +33,42 @@ def serve(
     port: Annotated[int, typer.Option(help="Port of the gateway.")] = 8000,
     replicas: Annotated[int, typer.Option(help="Engines to start.", min=0)] = 1,
     replica: Annotated[
-        list[str] | None, typer.Option(help="URL of an engine that runs already (may be repeated).")
+        list[str] | None, typer.Option(help="URL of an engine that runs already; may be given several times.")
     ] = None,
     engine_port: Annotated[int, typer.Option(help="Port of the first engine; the next ones follow.")] = 8100,
     engine_python: Annotated[str | None, typer.Option(help="Python of the environment with vLLM.")] = None,
     name: Annotated[str, typer.Option(help="The model's name in the API.")] = "backdrop",
     config: Annotated[Path | None, typer.Option(help="YAML file: keys, limits, matching, hosts.")] = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="Largest staleness that is reused, grey levels (10).", min=0, max=255)
+        float | None,
+        typer.Option(
+            help="Largest difference (0-255 grey levels) of a patch that is reused. Default: 10.",
+            min=0,
+            max=255,
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, tokens.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Requests in one batch.")] = None,
     backgrounds: Annotated[
         int | None, typer.Option(help="Size the cache for so many backgrounds (needs --max-model-len).")
     ] = None,
-    block_size: Annotated[int | None, typer.Option(help="Tokens that are cached together.")] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="Tokens in a block of vLLM's cache. Default: 32.")
+    ] = None,
     split: Annotated[
         bool | None, typer.Option("--split/--no-split", help="--no-split: whole images, plain LLaVA.")
     ] = None,
     start_seconds: Annotated[float, typer.Option(help="Longest time for the engines to start.")] = 600.0,
-    log_folder: Annotated[Path | None, typer.Option(help="Where the engines' logs go.")] = None,
+    log_folder: Annotated[
+        Path | None, typer.Option(help="Folder for the engines' logs. Default: a temporary one.")
+    ] = None,
     hash_key: Annotated[
-        bool, typer.Option("--hash-key", help="Read an API key from standard input, print its hash, end.")
+        bool,
+        typer.Option("--hash-key", help="Read an API key from standard input, print its hash, and exit."),
     ] = False,
 ) -> None:
-    """Serve a model: vLLM behind a gateway that splits images and reuses backgrounds across requests."""
+    """Serve a model over an OpenAI-compatible API: vLLM behind a gateway that splits and matches."""
     from backdrop.serving.engine import Engine
     from backdrop.serving.settings import make_settings, read_settings
     from backdrop.serving.sizing import plan_engines

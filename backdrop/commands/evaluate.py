@@ -6,21 +6,26 @@ from typing import Annotated
 
 import typer
 
-EPILOG = (
-    "Example: `backdrop eval my-model --data textvqa --source data/textvqa --images data/textvqa/train_images "
-    "--split validation --mode matched --tolerance 10 --out runs/textvqa-matched "
-    "--baseline runs/textvqa-llava/predictions.jsonl`"
+from .options import Json, Tolerance, examples, known_model
+
+EXAMPLE = examples(
+    "backdrop scenes rows --model examples/scenes-model --out runs/rows --scenes 64",
+    """backdrop eval examples/scenes-model --data rows --source runs/rows \\
+    --split train --mode llava --out runs/eval-llava""",
+    """backdrop eval examples/scenes-model --data textvqa --limit 100 \\
+    --source lmms-lab/textvqa --mode matched --tolerance 10 --out runs/textvqa""",
 )
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Backdrop model: a folder or a Hub id.")],
+    model: Annotated[str, typer.Argument(help="Backdrop model: a folder or a Hub id.", callback=known_model)],
     data: Annotated[
-        str, typer.Option(help="vqav2, textvqa, ocrvqa, gqa, pope, coco_captions, flickr30k, rows, ...")
+        str,
+        typer.Option(help="vqav2, textvqa, ocrvqa, gqa, pope, coco_captions, flickr30k, or rows: your own."),
     ],
     source: Annotated[str, typer.Option(help="The data: a folder, a file or a Hub id.")],
     out: Annotated[
-        Path, typer.Option(help="Folder for predictions and summary; a cut-off run goes on there.")
+        Path, typer.Option(help="Folder for predictions and summary; a run that was stopped continues there.")
     ],
     images: Annotated[
         Path | None, typer.Option(help="Folder of the images, where the rows name files.")
@@ -29,13 +34,11 @@ def evaluate(
     mode: Annotated[
         str,
         typer.Option(
-            help="llava: whole images; split: groups; cached: with the memo; matched: with matching."
+            help="llava: whole images; split: groups; cached: with the cache; matched: with matching."
         ),
     ] = "split",
-    tolerance: Annotated[
-        float, typer.Option(help="With --mode matched: largest staleness that is reused, grey levels.")
-    ] = 0.0,
-    limit: Annotated[int | None, typer.Option(help="Just the first rows.")] = None,
+    tolerance: Tolerance = 0.0,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many rows.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered together.")] = 16,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest answer; default: the data set's.")
@@ -43,10 +46,13 @@ def evaluate(
     baseline: Annotated[
         Path | None, typer.Option(help="predictions.jsonl of another run on the same questions.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
-    json_output: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    json_output: Json = False,
 ) -> None:
-    """Answer a data set and score it, with 95% intervals and, with --baseline, paired differences."""
+    """Answer a data set and score it with its official metric and 95% intervals.
+
+    With --baseline the paired differences to another run's answers are given too.
+    """
     from backdrop.evaluation.run import markdown, run_evaluation
 
     if tolerance and mode != "matched":

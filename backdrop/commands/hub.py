@@ -1,0 +1,97 @@
+"""`backdrop convert`, `backdrop export` and `backdrop push`: from a LLaVA checkpoint to a repository on the Hub."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Json, Licence, examples
+
+CONVERT_EXAMPLE = examples("backdrop convert llava-hf/llava-1.5-7b-hf runs/start --detector yolov8n.pt")
+EXPORT_EXAMPLE = examples("backdrop export examples/scenes-model runs/my-model --licence apache-2.0")
+PUSH_EXAMPLE = examples(
+    "backdrop export examples/scenes-model runs/my-model --licence apache-2.0",
+    "backdrop push runs/my-model OWNER/NAME --private",
+)
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="LLaVA checkpoint: a folder or a Hub id.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write: a complete Hub folder.")],
+    detector: Annotated[
+        str | None, typer.Option(help="Ultralytics model whose weights go into the folder.")
+    ] = None,
+    separators: Annotated[bool, typer.Option(help="Wrap groups in separator tokens.")] = True,
+    prefusion_layers: Annotated[int, typer.Option(help="Prefusion layers (they start as the identity).")] = 0,
+    prefusion_rotary: Annotated[bool, typer.Option(help="Rotary positions in prefusion.")] = True,
+    separate_towers: Annotated[bool, typer.Option(help="A second vision tower for objects.")] = False,
+    separate_projectors: Annotated[bool, typer.Option(help="A second projector for objects.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    licence: Licence = "other",
+    json_output: Json = False,
+) -> None:
+    """Turn a LLaVA checkpoint into a Backdrop model, to be finetuned with `backdrop train`."""
+    from backdrop.hub_export.convert import convert as convert_llava
+    from backdrop.hub_export.export import export as export_folder
+
+    hub = {"revision": revision} if revision else {}
+    model, processor = convert_llava(
+        source,
+        separators=separators,
+        num_prefusion_layers=prefusion_layers,
+        prefusion_rotary=prefusion_rotary,
+        separate_vision_towers=separate_towers,
+        separate_projectors=separate_projectors,
+        detector=detector,
+        **hub,
+    )
+    base = source if not os.path.isdir(source) else None
+    files = export_folder(model, processor, out, base_model=base, licence=licence)
+    if json_output:
+        typer.echo(
+            json.dumps({"folder": str(out), "files": len(files), "parameters": model.num_parameters()})
+        )
+    else:
+        typer.echo(f"{out}: {len(files)} files, {model.num_parameters():,} parameters")
+
+
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint of a training run, or a LoRA adapter's folder.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    base_model: Annotated[str | None, typer.Option(help="Base model for the model card.")] = None,
+    notes: Annotated[Path | None, typer.Option(help="Markdown file that goes into the model card.")] = None,
+    licence: Licence = "other",
+    fold: Annotated[
+        bool,
+        typer.Option(
+            "--fold-prefusion",
+            help="Make the prefusion layers the language model's first layers (vLLM wants this).",
+        ),
+    ] = False,
+    json_output: Json = False,
+) -> None:
+    """Write a complete Hub folder that loads with nothing of ours installed."""
+    from backdrop.hub_export.export import export_checkpoint
+
+    text = notes.read_text() if notes else ""
+    files = export_checkpoint(checkpoint, out, base_model, licence, text, fold)
+    if json_output:
+        typer.echo(json.dumps({"folder": str(out), "files": len(files)}))
+    else:
+        typer.echo(f"{out}: {len(files)} files")
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="A folder written by convert or export.")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub.")],
+    private: Annotated[bool, typer.Option(help="Create the repository as private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
+) -> None:
+    """Upload a folder to the Hub in one commit, after it has loaded in a clean process."""
+    from backdrop.hub_export.push import push as push_folder
+
+    typer.echo(push_folder(folder, repository, private=private, revision=revision))
