@@ -1,5 +1,7 @@
 """The options of a run: shipped recipes, recipes by name, mistakes, the help page."""
 
+import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -7,9 +9,19 @@ import yaml
 from paths import ROOT
 from trainings import CPU
 
-from backdrop.train.arguments import parse
+from backdrop.train.arguments import (
+    EXAMPLES,
+    GROUPS,
+    RECIPES,
+    BackdropArguments,
+    RecipeParser,
+    find_recipe,
+    parse,
+    shipped_recipes,
+)
 from backdrop.train.assemble import quantization
 from backdrop.train.recipe import outline_trainable
+from backdrop.train.sft import main
 from backdrop.train.trainable import trainable_summary
 
 SHIPPED = sorted(
@@ -53,3 +65,46 @@ def test_a_misspelt_key_is_named(tmp_path):
     recipe.write_text("model: m\ndataset: d\noutput_dir: o\ntrainabel: [x]\n")
     with pytest.raises(ValueError, match="trainabel"):
         parse(["--config", str(recipe), *CPU])
+
+
+def test_recipes_are_found_by_name_and_by_path(tmp_path):
+    assert find_recipe("finetune_lora") == RECIPES / "finetune_lora.yaml"
+    assert find_recipe(str(RECIPES / "align.yaml")) == RECIPES / "align.yaml"
+    more = [RECIPES, ROOT / "experiments" / "recipes"]
+    assert find_recipe("ladder/1_llava", more).parent.name == "ladder"
+    assert {"align", "ladder/1_llava"} <= set(shipped_recipes(more))
+    for words in (["--config", "align"], ["--config=align"]):
+        assert parse([*words, "--model", "M", "--output_dir", str(tmp_path), *CPU])[0].stage == "align"
+
+
+def test_an_unknown_recipe_is_one_line_that_lists_those_shipped(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--config", "finetune_lore", "--model", "M"])
+    assert left.value.code == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: config is 'finetune_lore', which is no file and no shipped recipe; wanted")
+    assert all(name in line for name in shipped_recipes())
+
+
+def test_the_help_page_shows_our_options_first_and_examples_that_parse(capsys):
+    ours = [name for group in GROUPS.values() for name in group]
+    assert sorted(ours) == sorted(field.name for field in fields(BackdropArguments)), "one group for each"
+    page = RecipeParser([RECIPES]).format_help()
+    assert page.startswith("Usage: backdrop train --config RECIPE")
+    places = [page.index(f"\n{title}:") for title in GROUPS] + [page.index("\nTRL's ModelConfig")]
+    places += [page.index("\nTRL's SFTConfig"), page.index(EXAMPLES)]
+    assert places == sorted(places)
+    for name in (*ours, "lora_r", "learning_rate"):
+        assert page.count(f"\n  --{name} ") == 1, name
+    assert "lora_modules_to_save" not in page, "refused"
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert not left.value.code and capsys.readouterr().out == page
+
+    commands = [shlex.split(line, comments=True) for line in EXAMPLES.replace("\\\n", "").splitlines()]
+    trainings = [words[2:] for words in commands if words[:2] == ["backdrop", "train"]]
+    assert len(trainings) == 2
+    for words in trainings:
+        arguments, training, options = parse(words)
+        assert arguments.stage == "finetune_lora" and options.use_peft and training.use_cpu
+        assert (ROOT / arguments.model / "config.json").is_file()

@@ -54,7 +54,7 @@ def of(
     return estimate(model, settings(folder, **training), choices, sequence_length=length, device=device)
 
 
-def wide_config(width=256, layers=3):
+def wide_config(width=256, layers=2):
     """Wide enough for layers to outweigh the rest."""
     return tiny.backdrop_config(
         text_config=tiny.text_config(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers)
