@@ -1,1 +1,1 @@
-"""Public data sets as rows of images and messages."""
+"""Public datasets as rows of images and messages."""

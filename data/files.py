@@ -1,4 +1,4 @@
-"""Reads data sets' files row by row: original JSON, text and CSV, and rows that `datasets` loads.
+"""Reads datasets' files row by row: original JSON, text and CSV, and rows that `datasets` loads.
 
 JSON is parsed as it is read (ijson): LLaVA's mix is 1 GB and GQA's questions are more, several times that as objects.
 """
@@ -111,7 +111,7 @@ def one_file(folder: Path, patterns: list[str]) -> Path:
 
 
 def hub_file(repo: str, name: str) -> Path:
-    """A file of a Hub data set, downloaded once."""
+    """A file of a Hub dataset, downloaded once."""
     return Path(hf_hub_download(repo, name, repo_type="dataset"))
 
 

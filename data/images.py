@@ -1,4 +1,4 @@
-"""Images of data sets: where their files lie, and whether they can be decoded.
+"""Images of datasets: where their files lie, and whether they can be decoded.
 
 An image is `{"path": str | None, "bytes": bytes | None}`, as `datasets.Image` stores it: a path where a local file
 exists, else bytes. It is never decoded and encoded again, so that an RGBA patch group keeps its alpha.

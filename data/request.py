@@ -1,4 +1,4 @@
-"""What a reader of a data set is given, and what all of them make of its rows."""
+"""What a reader of a dataset is given, and what all of them make of its rows."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The row that every data set becomes, and the account of rows that are bad."""
+"""The example that every dataset row is read into, its form as a training row, and the list of bad rows."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,14 +17,14 @@ TRAINING_FEATURES = Features(
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a data set: images and what is asked and said about them.
+    """One example of a dataset: images, and what is asked and said about them.
 
     Attributes:
-        id: names the row in its data set.
+        id: names the example in its dataset.
         images: each `{"path": str | None, "bytes": bytes | None}`, as `datasets.Image` stores it undecoded.
         turns: (question, answer) in order; a question carries LLaVA's prompt form and no `<image>`.
         answers: every reference answer to the (only) question: 10 annotators of VQA, all captions of an image.
-        question_type: the data set's own name for the kind of question, "" where it has none.
+        question_type: the dataset's own name for the kind of question, "" where it has none.
         image_id: the same for examples of the same image.
         image_at: where `<image>` stood in the first question: "start" or "end".
     """

@@ -1,4 +1,4 @@
-"""The public data sets by name, and which of a set's two readers a source is for."""
+"""The public datasets by name, and which of a set's two readers a source is for."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .request import Parsed, Request
 
 @dataclass(frozen=True)
 class Source:
-    """A data set.
+    """A dataset.
 
     Attributes:
         patterns: names of original files; a folder with one of them is read by `files`.

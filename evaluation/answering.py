@@ -2,8 +2,8 @@
 
 * ``llava``: the whole image as one group.
 * ``split``: the detector's groups.
-* ``cached``: as `split`, vision tokens and prefixes of backgrounds kept and reused. The answers are those of `split`.
-* ``matched``: `cached`, and a known background stands in for the image's own where the matcher allows it.
+* ``cached``: as `split`, but vision tokens and prefixes of backgrounds are cached and reused. The answers are those of `split`.
+* ``matched``: as `cached`, but a known background replaces the image's own where the matcher allows it.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def load(model: str | Path, device: str = "auto"):
 
 
 def open_image(image: dict) -> Image.Image:
-    """A row's image, `{"path", "bytes"}`, with its alpha."""
+    """Opens an image stored as `{"path", "bytes"}`, with its alpha channel."""
     source = BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]
     try:
         opened = Image.open(source)
@@ -56,10 +56,10 @@ class PreparedImages:
     Attributes:
         pixel_values, patch_mask, group_kind: `[g, 3, S, S]`, `[g, P]`, `[g]`, their groups.
         expansions: what each image's placeholder becomes.
-        features: `[n, D]` vision tokens of all groups; None where the model's memo keeps them.
+        features: `[n, D]` vision tokens of all groups; None where the model's cache keeps them.
         matched: images whose background was known.
-        patches_reused: patches that a known background stands for, over all images, of `patches`.
-        tokens_reused: vision tokens that the memo had when the images were first encoded, of `tokens`.
+        patches_reused: patches taken from a known background, summed over the images; out of `patches`.
+        tokens_reused: vision tokens that the cache held when the images were first encoded, of `tokens`.
     """
 
     pixel_values: torch.Tensor
@@ -81,7 +81,7 @@ class PreparedImages:
 
 
 class Answerer:
-    """A model in a mode. Turns matching and the memo of the given model and processor on or off.
+    """A model in a mode. Turns background matching and the background cache of the given model and processor on or off.
 
     Args:
         tolerance: of `matched`, grey levels.
@@ -152,7 +152,7 @@ class Answerer:
         before = matcher.stats() if matcher else None
         groups = self._groups(images)
         seen = cache.stats()
-        self._features(groups)  # the memo keeps them
+        self._features(groups)  # the cache keeps them
         now = cache.stats()
         reused, computed = (
             now[name] - seen[name] for name in ("vision_tokens_reused", "vision_tokens_computed")
@@ -221,7 +221,7 @@ class Answerer:
     def _visual(self, prepared: Sequence[PreparedImages]) -> dict[str, torch.Tensor]:
         if self.model.background_cache is None:
             return {"image_embeds": torch.cat([images.features for images in prepared])}
-        # Pixels: the memo is asked as it is in use, for vision tokens and for prefixes.
+        # Pixels, so that the cache is used as in production: for vision tokens and for prefixes.
         return {
             "pixel_values": torch.cat([images.pixel_values for images in prepared]).to(self.model.dtype),
             "patch_mask": torch.cat([images.patch_mask for images in prepared]),

@@ -1,8 +1,8 @@
-"""A model over a data set, in a mode: predictions as they come, then a summary with intervals.
+"""Runs a model over a dataset in one mode: writes predictions as they come, then a summary with intervals.
 
-Questions about one image are asked together, and the image is prepared once. The order of images is the data set's:
+Questions about one image are asked together, and the image is prepared once. The order of images is the dataset's:
 with matching, the images before are the references. A run that goes on after it was cut off prepares the images
-before again without asking about them, so that references and memo are what they would have been.
+before again without asking about them, so that references and cache are what they would have been.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ class Question:
 
 @dataclass(frozen=True)
 class ImageQuestions:
-    """What is asked about one row's images; `images` are as in `Example`."""
+    """What is asked about one example's images; `images` are as in `Example`."""
 
     image_id: str
     images: list[dict]
@@ -69,7 +69,7 @@ def by_image(examples: Iterable[Example], window: int = WINDOW) -> Iterator[Imag
 
 
 def _content_id(images: list[dict]) -> str:
-    """For rows that do not name their images: the same for the same files or bytes."""
+    """An id for images that have none in the dataset: equal for equal paths or bytes."""
     parts = [
         image["bytes"] if image.get("bytes") is not None else str(image["path"]).encode() for image in images
     ]
@@ -117,9 +117,9 @@ def _answer_batch(answerer, batch, predictions, metric, batch_size, done, progre
     if bare := [item.questions[0].id for item in batch if not item.images]:
         raise ValueError(f"Row {bare[0]} has no image; wanted one or more in every row.")
     prepared = answerer.prepare([[open_image(image) for image in item.images] for item in batch])
-    rows = [(i, question) for i, questions in enumerate(left) for question in questions]
-    for first in range(0, len(rows), batch_size):
-        part = rows[first : first + batch_size]
+    unanswered = [(i, question) for i, questions in enumerate(left) for question in questions]
+    for first in range(0, len(unanswered), batch_size):
+        part = unanswered[first : first + batch_size]
         texts = answerer.answer([prepared[i] for i, _ in part], [question.question for _, question in part])
         predictions.append(
             {
@@ -193,7 +193,7 @@ def _same_questions(records: list[dict], baseline: list[dict]) -> list[dict]:
 
 
 def reuse(records: list[dict]) -> dict[str, float]:
-    """Shares over the images (each once): matched, patches a known background stood for, vision tokens reused."""
+    """Shares over the images (each once): matched, patches taken from a known background, vision tokens reused."""
     once = list({record["image_id"]: record for record in records}.values())
 
     def share(part: str, of: str) -> float:
@@ -302,7 +302,7 @@ def run_evaluation(
     baseline: Path | None = None,
     device: str = "auto",
 ) -> dict:
-    """`evaluate_examples` of a model (a folder or a Hub id) and a data set by its name; see there."""
+    """`evaluate_examples` of a model (a folder or a Hub id) and a dataset by its name; see there."""
     from backdrop.data.load import examples
 
     task(data)

@@ -1,4 +1,4 @@
-"""What belongs to a data set's name: its metric, how long an answer may be, and the groups of questions it reports.
+"""What belongs to a dataset's name: its metric, how long an answer may be, and the groups of questions it reports.
 
 The questions themselves, with LLaVA's prompt suffixes ("Answer the question using a single word or phrase."), are
 made where the rows are read (`backdrop.data.load`), the same ones for training and evaluation.
@@ -18,7 +18,7 @@ def _as_named(question_type: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Task:
-    """How answers to a data set are scored.
+    """How answers to a dataset are scored.
 
     Attributes:
         metric: what scores them.
@@ -46,7 +46,7 @@ TASKS: dict[str, Task] = {
 
 
 def task(name: str) -> Task:
-    """The task of a data set, by the name that `backdrop.data.load` knows it under."""
+    """The task of a dataset, by the name that `backdrop.data.load` knows it under."""
     if name not in TASKS:
         raise ValueError(f"data is {name!r}; wanted one of {', '.join(TASKS)}.")
     return TASKS[name]

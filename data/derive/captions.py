@@ -92,7 +92,7 @@ class Captioned:
 
 
 class CaptionFormat(Protocol):
-    """Reads the records of one data set; made in each worker process."""
+    """Reads the records of one dataset; made in each worker process."""
 
     def read(self, record: dict) -> Captioned: ...
 
@@ -169,7 +169,7 @@ class EntitiesRows:
     Args:
         folder: of the annotations.
         images: of the photos, `ID.jpg`.
-        ids: file with one image id a line, such as the data set's own `train.txt`; None: all.
+        ids: file with one image id a line, such as the dataset's own `train.txt`; None: all.
     """
 
     def __init__(self, folder: Path, images: Path, ids: Path | None = None):

@@ -32,7 +32,7 @@ PACKAGES = ("pillow", "torch", "transformers", "ultralytics")
 
 
 class DatasetRows:
-    """A data set as a `Source`: rows with their images as stored, `{"path", "bytes"}`.
+    """A dataset as a `Source`: rows with their images as stored, `{"path", "bytes"}`.
 
     Args:
         rows: with `images` and `messages`, and `id` if there is one: else a row's number is its id.
@@ -44,7 +44,7 @@ class DatasetRows:
         if missing:
             raise ValueError(f"The rows have columns {rows.column_names}; wanted {sorted(missing)} too.")
         keep = [name for name in ("id", "images", "messages", *columns) if name in rows.column_names]
-        # As Arrow an image is as it is stored; casting it to that would write the whole data set again.
+        # As Arrow an image is as it is stored; casting it to that would write the whole dataset again.
         self._rows = rows.select_columns(keep).with_format("arrow")
 
     def __len__(self) -> int:
@@ -126,7 +126,7 @@ class GroupWork:
 
 
 def about_processor(processor: BackdropImageProcessor) -> dict[str, Any]:
-    """What a data set of groups is made for; the geometry that a model needs to read it."""
+    """What a dataset of groups is made for; the geometry that a model needs to read it."""
     side = processor.model_images([PILImage.new("RGB", (8, 8))])[0].shape[0]
     return {
         "image_size": side,

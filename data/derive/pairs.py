@@ -84,7 +84,7 @@ class Frames(Protocol):
 
 
 class DatasetFrames:
-    """Frames of a data set with `images`, `messages`, `scene`, and `frame` where rows are not in order already."""
+    """Frames of a dataset with `images`, `messages`, `scene`, and `frame` where rows are not in order already."""
 
     def __init__(self, rows: Dataset):
         ordered = "frame" in rows.column_names
@@ -278,7 +278,7 @@ def pairs_recipe(
 
 
 def pair_figures(record: dict) -> dict[str, float]:
-    """Share of rows that matched, and mean patches of a matched one, from a data set's record."""
+    """Share of rows that matched, and mean patches of a matched one, from a dataset's record."""
     counts = record["counts"]
     rows = sum(counts.get(name, 0) for name in ("matched", "missed", "alone"))
     matched = counts.get("matched", 0)

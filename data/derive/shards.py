@@ -1,4 +1,4 @@
-"""Data sets made in shards: by several processes, resumable after a kill at any moment, never mixed.
+"""Makes datasets in shards, in several processes. A run that was killed at any moment can be resumed.
 
 A shard is a run of source rows and the Arrow file of what became of them. It is written under a temporary name, its
 report last of all: a shard is finished where its report is. Shards collect in `OUT.partial`, which carries the
@@ -61,7 +61,7 @@ class Shard:
     """What became of a run of source rows.
 
     Attributes:
-        rows: new rows by split; the only split of an undivided data set is "".
+        rows: new rows by split; the only split of an undivided dataset is "".
         bad: (id, reason) of source rows that could not be used.
         counts: sums for the record.
     """
@@ -77,13 +77,13 @@ Work = Callable[[int, list[dict]], Shard]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A data set to be made.
+    """A dataset to be made.
 
     Attributes:
         make_work: gives the work; called once in each process, so it must pickle where there are several.
         identity: everything the rows depend on, as JSON; a run with another one is refused.
         about: recorded beside the data.
-        splits: names of the result's splits; ("",): one undivided data set.
+        splits: names of the result's splits; ("",): one undivided dataset.
         shard_rows: source rows in a shard.
     """
 
@@ -96,7 +96,7 @@ class Recipe:
 
 
 def derive(source: Source, recipe: Recipe, out: Path, *, workers: int = 1, on_bad_row: str = "skip") -> dict:
-    """Makes the data set, or finishes it, or does nothing if it is there already.
+    """Makes the dataset, or finishes it, or does nothing if it is there already.
 
     Args:
         source: the rows to derive from.
@@ -304,7 +304,7 @@ def _only_run(partial: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(f"{partial}: another run is making this data set.") from None
+        raise ValueError(f"{partial}: another run is making this dataset.") from None
     try:
         yield
     finally:
@@ -313,7 +313,7 @@ def _only_run(partial: Path) -> Iterator[None]:
 
 
 def _checked_record(folder: Path, identity: dict) -> dict:
-    """The record of a data set, finished or begun, if it is the one that is to be made."""
+    """The record of a dataset, finished or begun, if it is the one that is to be made."""
     path = folder / RECORD
     if not path.is_file():
         raise ValueError(f"{folder} exists and has no {RECORD}; wanted a folder that is not there yet.")
@@ -348,7 +348,7 @@ def _complete(partial: Path, recipe: Recipe, shards: int, record: dict) -> None:
 
 
 def _layout(features: Features) -> tuple[dict, dict]:
-    """Contents of the two JSON files that `save_to_disk` writes for an empty data set with these features."""
+    """Contents of the two JSON files that `save_to_disk` writes for an empty dataset with these features."""
     silent = are_progress_bars_disabled()
     disable_progress_bars()
     try:
