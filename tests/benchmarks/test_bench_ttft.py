@@ -293,12 +293,3 @@ class TestRefusals:
         arguments = {"shapes": ["tiny"], "batches": [1], "fresh_shares": [0.25], "repeats": 1, **change}
         with pytest.raises(ValueError, match=message):
             ttft.run_ttft(**arguments)
-
-
-def test_the_committed_tables_come_from_their_json():
-    from backdrop.benchmarks import matching
-
-    docs = ROOT / "docs"
-    for name, render in (("ttft", ttft.render_markdown), ("matching", matching.render_markdown)):
-        rows = json.loads((docs / f"{name}.json").read_text())
-        assert (docs / f"{name}.md").read_text() == render(rows)
