@@ -28,7 +28,9 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-def tinted(pixels: np.ndarray, patch_size: int, colours: list[tuple[np.ndarray, tuple]], hatched=None) -> Image.Image:
+def tinted(
+    pixels: np.ndarray, patch_size: int, colours: list[tuple[np.ndarray, tuple]], hatched=None
+) -> Image.Image:
     """A frame under a grid, each set of patches `[P]` in its colour; `hatched` patches get diagonal stripes."""
     image = Image.fromarray(pixels).resize((PANEL, PANEL), Image.Resampling.NEAREST)
     grid, step = pixels.shape[0] // patch_size, patch_size * SCALE
@@ -37,7 +39,9 @@ def tinted(pixels: np.ndarray, patch_size: int, colours: list[tuple[np.ndarray, 
             y, x = divmod(int(i), grid)
             box = (x * step, y * step, (x + 1) * step, (y + 1) * step)
             tile = image.crop(box)
-            image.paste(Image.blend(tile, Image.new("RGB", tile.size, colour), 0.9 if colour == GREY else 0.5), box)
+            image.paste(
+                Image.blend(tile, Image.new("RGB", tile.size, colour), 0.9 if colour == GREY else 0.5), box
+            )
     draw = ImageDraw.Draw(image)
     for i in np.flatnonzero(hatched) if hatched is not None else ():
         y, x = divmod(int(i), grid)
@@ -88,7 +92,9 @@ def main() -> None:
     def panel(column: int, top: int, title: str, image: Image.Image, note: str) -> None:
         draw.text((columns[column], top), title, fill=INK, font=font(19))
         sheet.paste(image, (columns[column], top + 28))
-        draw.rectangle((columns[column] - 1, top + 27, columns[column] + PANEL, top + 28 + PANEL), outline=GREY)
+        draw.rectangle(
+            (columns[column] - 1, top + 27, columns[column] + PANEL, top + 28 + PANEL), outline=GREY
+        )
         draw.text((columns[column], top + 34 + PANEL), note, fill=FAINT, font=font(15))
 
     top = 24
@@ -103,11 +109,19 @@ def main() -> None:
         f"{background.sum()} background, {objects.sum()} object (margin of 1 patch)",
     )
     shown = reference.pixels.copy()
-    panel(2, top, "Reference", tinted(shown, p, [(~owned, GREY)]), f"owns {owned.sum()} of {len(owned)} patches")
+    panel(
+        2, top, "Reference", tinted(shown, p, [(~owned, GREY)]), f"owns {owned.sum()} of {len(owned)} patches"
+    )
     top += PANEL + 92
     draw.text((LEFT, top), "A later frame of the same background", fill=INK, font=font(24))
     top += 44
-    panel(0, top, "Frame", Image.fromarray(second).resize((PANEL, PANEL), Image.Resampling.NEAREST), "no detector runs")
+    panel(
+        0,
+        top,
+        "Frame",
+        Image.fromarray(second).resize((PANEL, PANEL), Image.Resampling.NEAREST),
+        "no detector runs",
+    )
     panel(
         1,
         top,
@@ -115,8 +129,16 @@ def main() -> None:
         tinted(second, p, [(reused, BLUE), (fresh, ORANGE)], hatched=overridden),
         f"{reused.sum()} reused, {fresh.sum()} fresh: {unseen.sum()} not owned, {overridden.sum()} stale",
     )
-    mixed = np.where(np.kron(fresh.reshape(12, 12), np.ones((p, p), dtype=bool))[..., None], second, 255).astype(np.uint8)
-    panel(2, top, "Encoded for this frame", tinted(mixed, p, [(fresh, ORANGE)], hatched=overridden), "only the fresh group")
+    mixed = np.where(
+        np.kron(fresh.reshape(12, 12), np.ones((p, p), dtype=bool))[..., None], second, 255
+    ).astype(np.uint8)
+    panel(
+        2,
+        top,
+        "Encoded for this frame",
+        tinted(mixed, p, [(fresh, ORANGE)], hatched=overridden),
+        "only the fresh group",
+    )
 
     legend = [
         (BLUE, "background patch, or reused", None),
@@ -141,7 +163,9 @@ def main() -> None:
     sheet.save(Path(__file__).with_suffix(".png"), optimize=True)
 
 
-def prompt(draw: ImageDraw.ImageDraw, top: int, width: int, background: int, fresh: int, overridden: int) -> None:
+def prompt(
+    draw: ImageDraw.ImageDraw, top: int, width: int, background: int, fresh: int, overridden: int
+) -> None:
     """The later frame's prompt as a strip of tokens, and what of it is a prefix."""
     draw.text((LEFT, top), "The later frame's prompt", fill=INK, font=font(24))
     top += 48
