@@ -53,7 +53,7 @@ def parse(command: Command) -> tuple[str, ...] | None:
         if path[-1] not in node.commands:
             return path
         parent, node = context, node.commands[path[-1]]
-        context = node.context_class(node, info_name=path[-1], parent=parent)
+        context = node.context_class(node, info_name=path[-1], parent=parent, **node.context_settings)
     if "--help" in words:
         return None
     if command.whole:
