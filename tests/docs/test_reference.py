@@ -16,8 +16,10 @@ def test_no_row_is_without_words(name):
 
 
 def test_every_field_of_the_configuration_is_there():
+    from transformers.processing_utils import ImagesKwargs
+
     from backdrop.modeling.configuration_backdrop import BackdropConfig
-    from backdrop.processing.image_processing_backdrop import BackdropImagesKwargs, ImagesKwargs
+    from backdrop.processing.image_processing_backdrop import BackdropImagesKwargs
 
     page = hooks.configuration_page()
     inherited = {
