@@ -4,9 +4,8 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from paths import ROOT
 
-from backdrop.benchmarks import matching, shapes, ttft
+from backdrop.benchmarks import shapes, ttft
 from backdrop.benchmarks.contenders import MODES, build_bench
 from backdrop.benchmarks.report import format_seconds
 from backdrop.processing.processing_backdrop import IMAGE_TOKEN
@@ -179,10 +178,3 @@ class TestRefusals:
 )
 def test_seconds_are_written_short(seconds, text):
     assert format_seconds(seconds) == text
-
-
-def test_the_committed_tables_come_from_their_json():
-    docs = ROOT / "docs"
-    for name, render in (("ttft", ttft.render_markdown), ("matching", matching.render_markdown)):
-        rows = json.loads((docs / f"{name}.json").read_text())
-        assert (docs / f"{name}.md").read_text() == render(rows)

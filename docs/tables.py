@@ -1,0 +1,182 @@
+"""Puts the tables of `docs/results/*.md` in place, from `docs/results/data/*.json`.
+
+    python docs/tables.py            # rewrites the tables
+    python docs/tables.py --check    # exits 1 and names the pages whose tables are not what their JSON says
+
+A page has prose, and between the lines `<!-- table NAME -->` and `<!-- end -->` a table. `NAME` is a key of `TABLES`.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+RESULTS = ROOT / "docs" / "results"
+_MARKED = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def scenes(report: dict) -> str:
+    from backdrop.scenes.exam import markdown
+
+    return markdown(report)
+
+
+def ladder(report: dict) -> str:
+    from backdrop.experiments.ladder import markdown
+
+    return markdown(report)
+
+
+def ablations(report: dict) -> str:
+    from backdrop.experiments.ablate import markdown
+
+    return markdown(report)
+
+
+def ttft(rows: list[dict]) -> str:
+    from backdrop.benchmarks.ttft import render_markdown
+
+    # The page has a title of its own.
+    return render_markdown(rows).removeprefix("# Time to first token\n\n").replace("## ", "### ")
+
+
+def matching(rows: list[dict]) -> str:
+    from backdrop.benchmarks.matching import render_markdown
+
+    return render_markdown(rows)
+
+
+def serving(report: dict) -> str:
+    from backdrop.benchmarks.serving import render_markdown
+
+    return render_markdown(report)
+
+
+def camera(report: dict) -> str:
+    head = (
+        "recording",
+        "frames",
+        "matched",
+        "refreshed",
+        "missed",
+        "vision tokens reused",
+        "patches within the tolerance of the frame before",
+        "staleness, largest",
+        "mean",
+        "beyond the tolerance",
+        "references",
+    )
+    rows = [
+        (
+            r["source"],
+            r["frames"],
+            r["hits"],
+            r["refreshes"],
+            r["misses"],
+            f"{r['share_reused']:.1%}",
+            f"{r['static_share']:.1%}",
+            f"{r['max_stale']:.2f}",
+            f"{r['mean_stale']:.2f}",
+            r["violations"],
+            r["references"],
+        )
+        for r in report["recordings"]
+    ]
+    return _table(head, rows)
+
+
+def memory(report: dict) -> str:
+    parts = ("weights", "gradients", "optimizer", "activations", "temporaries", "overhead")
+    devices = list(report["llava-1.5-7b"][0]["fits"])
+    rows = []
+    for r in report["llava-1.5-7b"]:
+        shared = f" ({r['processes']} x {r['sharding']})" if r["processes"] > 1 else ""
+        fits = ("yes" if r["fits"][name] else "no" for name in devices)
+        sizes = (f"{r[part]:.1f}" for part in (*parts, "total"))
+        rows.append((r["method"] + shared, r["rows"], r["length"], *sizes, *fits))
+    return _table(("method", "rows", "tokens a row", *parts, "total GiB", *devices), rows)
+
+
+def memory_check(report: dict) -> str:
+    rows = [
+        (
+            r["case"],
+            f"{r['estimated'] / 2**20:.1f}",
+            f"{r['allocated'] / 2**20:.1f}",
+            f"{r['error']:+.1%}",
+            f"{r['resident'] / 2**20:.0f}",
+        )
+        for r in report["check"]
+    ]
+    return _table(("case", "estimated MiB", "measured MiB", "error", "resident MiB"), rows)
+
+
+TABLES = {
+    "scenes-accuracy": ("scenes-accuracy.json", scenes),
+    "scenes-accuracy-seed1": ("scenes-accuracy-seed1.json", scenes),
+    "smollm2-accuracy": ("smollm2-accuracy.json", scenes),
+    "ladder": ("ladder.json", ladder),
+    "ablations": ("ablations.json", ablations),
+    "ttft": ("ttft.json", ttft),
+    "matching": ("matching.json", matching),
+    "serving": ("serving.json", serving),
+    "serving-clip-l": ("serving-clip-l.json", serving),
+    "camera": ("camera.json", camera),
+    "memory": ("memory.json", memory),
+    "memory-check": ("memory.json", memory_check),
+}
+
+
+def with_tables(text: str, folder: Path = RESULTS) -> str:
+    """A page with the tables that its JSON files give.
+
+    Raises:
+        KeyError: the page names a table that `TABLES` has not.
+    """
+
+    def fill(match: re.Match) -> str:
+        file, render = TABLES[match["name"]]
+        table = render(json.loads((folder / "data" / file).read_text(encoding="utf-8"))).strip()
+        return f"{match[1]}\n{table}\n\n{match[3]}"
+
+    return _MARKED.sub(fill, text)
+
+
+def refresh(check: bool = False, folder: Path = RESULTS) -> list[Path]:
+    """Rewrites the pages whose tables are not what their JSON says (`check`: only finds them), and returns them."""
+    stale = []
+    for page in sorted(folder.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        fresh = with_tables(text, folder)
+        if fresh != text:
+            stale.append(page)
+            if not check:
+                page.write_text(fresh, encoding="utf-8")
+    return stale
+
+
+def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="rewrite nothing; exit 1 if a table is not fresh"
+    )
+    options = parser.parse_args()
+    stale = refresh(options.check)
+    for page in stale:
+        print(page.relative_to(ROOT))
+    sys.exit(1 if stale and options.check else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The reference pages say something of every field, option and command."""
+
+import pytest
+from test_tables import load
+
+hooks = load("hooks")
+
+
+@pytest.mark.parametrize("name", sorted(hooks.PAGES))
+def test_no_row_is_without_words(name):
+    rows = [line for line in hooks.PAGES[name]().splitlines() if line.startswith("| `")]
+    # What an option does; single-letter placeholders and arguments of the same name need none.
+    bare = [row for row in rows if not row.split("|")[3 if "command" not in name else 2].strip()]
+    assert rows or "recipes" in name
+    assert not bare
+
+
+def test_every_field_of_the_configuration_is_there():
+    from transformers.processing_utils import ImagesKwargs
+
+    from backdrop.modeling.configuration_backdrop import BackdropConfig
+    from backdrop.processing.image_processing_backdrop import BackdropImagesKwargs
+
+    page = hooks.configuration_page()
+    inherited = {
+        "model_type",
+        "sub_configs",
+        "projector_hidden_act",
+        "multimodal_projector_bias",
+        "tie_word_embeddings",
+    }
+    for name in (set(BackdropConfig.__annotations__) - inherited) | (
+        set(BackdropImagesKwargs.__annotations__) - set(ImagesKwargs.__annotations__)
+    ):
+        assert f"| `{name}` |" in page, name
+
+
+def test_every_setting_of_the_gateway_is_there():
+    from backdrop.serving.settings import GatewaySettings, Limits, Matching
+
+    page = hooks.gateway_page()
+    for cls in (GatewaySettings, Limits, Matching):
+        assert all(f"| `{name}` |" in page for name in cls.model_fields)
+
+
+def test_every_recipe_begins_with_a_comment():
+    for folder in hooks.FOLDERS_OF_RECIPES:
+        for path in (hooks.ROOT / folder).glob("*.yaml"):
+            assert hooks.split_head(path.read_text())[0].strip(), path
+
+
+def test_a_head_of_commands_becomes_a_block():
+    head, body = hooks.split_head("# Words.\n#   backdrop demo\nseed: 1\n")
+    assert head == "Words.\n\n```text\nbackdrop demo\n```" and body == "seed: 1"
