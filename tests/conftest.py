@@ -1,14 +1,16 @@
 """Fixed seeds, no network whatever a test does, and one thread for each of several test processes."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported; what a test starts inherits it. More threads than cores only wait for each other.
     os.environ["OMP_NUM_THREADS"] = "1"
     # transformers copies a folder's code there before it imports it; two processes must not write the same copy.
-    _modules = tempfile.TemporaryDirectory(prefix="backdrop-test-modules-")
-    os.environ["HF_MODULES_CACHE"] = _modules.name
+    os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="backdrop-test-modules-")
+    atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
