@@ -13,7 +13,7 @@ PARALLEL := -n $(WORKERS) --dist worksteal --durations=20
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo test test-fast test-real serve-setup serve-test lmcache-test example check format test-oldest dist docs clean
+.PHONY: help setup demo test test-fast test-real serve-setup serve-test lmcache-test example check format tables docs test-oldest dist clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -50,9 +50,19 @@ test-real: setup ## tests with trained parts and real photos
 example: setup ## renew the code and the card of examples/scenes-model from this source
 	@$(BIN)/python -m backdrop.hub_export.renew examples/scenes-model --notes docs/scenes-model.md
 
-check: setup ## lint and format
+check: setup ## lint, format, who may import whom, types, tables from their JSON
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+	$(BIN)/python docs/tables.py --check
+
+tables: setup ## rewrite the tables of docs/results from their JSON
+	$(BIN)/python docs/tables.py
+
+docs: setup ## the documentation as a site, built strictly, into build/site
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 format: setup ## rewrite the sources in ruff's format
 	$(BIN)/ruff check --fix .
@@ -92,4 +102,4 @@ dist: setup ## sdist and wheel into dist/
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
 clean: ## remove all environments and what runs left
-	rm -rf $(VENV) $(OLDEST) $(SERVE) runs dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(SERVE) runs dist build .pytest_cache .ruff_cache

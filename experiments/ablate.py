@@ -1,6 +1,6 @@
 """A matrix of recipes on the same data and questions, one table, one plot.
 
-    backdrop ablate experiments/recipes/ablate_scenes.yaml --report docs/ablations.json
+    backdrop ablate experiments/recipes/ablate_scenes.yaml --report docs/results/data/ablations.json
 
 The matrix names a `base` recipe and `axes`: what to change, one value at a time (`design: one_at_a_time`, a star around
 the base) or in all combinations (`design: product`). Rows of made scenes (`rows`) are made by each cell's own processor, so

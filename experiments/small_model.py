@@ -1,7 +1,7 @@
 """The small model and its accuracy table from nothing but seeds, in one command.
 
-    backdrop scenes model --work runs/scenes --report docs/scenes-accuracy.json
-    backdrop scenes model --work runs/seed1 --seed 1 --size reduced --report docs/scenes-accuracy-seed1.json
+    backdrop scenes model --work runs/scenes --report docs/results/data/scenes-accuracy.json
+    backdrop scenes model --work runs/seed1 --seed 1 --size reduced --report docs/results/data/scenes-accuracy-seed1.json
     backdrop scenes model --work runs/scenes --until scenes_llava_2
 
 Detector, tower, base model, rows in both forms, the recipes scenes_llava_1 to 4 (plain LLaVA) and scenes_split, which goes

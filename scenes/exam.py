@@ -1,7 +1,7 @@
 """Accuracy on made scenes with backgrounds that training never saw, in every form that Backdrop answers in.
 
     backdrop scenes exam --llava runs/llava-model --model examples/scenes-model --scenes 4000 \\
-        --questions 3 --seed 0 --out docs/scenes-accuracy.json
+        --questions 3 --seed 0 --out docs/results/data/scenes-accuracy.json
 
 All forms are asked the same questions about the same frames, so that their differences are paired:
 

@@ -27,7 +27,7 @@ from backdrop.processing.processing_backdrop import BackdropProcessor
 KEY_BYTES = 20
 FAST_COMPRESSION = 1  # zlib level of the PNGs, which are sent once and not kept
 # Less than the matcher's own 0.3: the backgrounds of two strangers may differ only in a sign. With 0.3 they match, the
-# stale sign stays in the prompt beside the fresh one, and the model may read the wrong one (docs/serving.md).
+# stale sign stays in the prompt beside the fresh one, and the model may read the wrong one (docs/results/serving.md).
 MAX_OVERRIDDEN = 0.1
 ENCODED_GROUPS = 64  # PNGs kept of the backgrounds that were sent last, since the same ones are sent again
 

@@ -2,7 +2,7 @@
 
 `estimate` runs one training step on tensors without data (`step.py`) under a mode that accounts for every storage alive
 (`ledger.py`), with stand-ins for what runs on GPUs only (`kernels.py`, `quantised.py`, `optimizers.py`). `checks.py`
-compares it with measured runs; `report.py` makes the tables and docs/memory.md.
+compares it with measured runs; `report.py` makes the tables and memory.md.
 """
 
 from .peak import estimate, meta_model

@@ -1,4 +1,4 @@
-"""The text of docs/memory.md, with places for the tables."""
+"""The text of memory.md, with places for the tables."""
 
 PAGE = """\
 # Memory of a training run, before it starts

@@ -1,4 +1,4 @@
-"""The memory report: tables on the console, and the page docs/memory.md with its figures."""
+"""The memory report: tables on the console, and the page memory.md with its figures."""
 
 import json
 from collections.abc import Iterable
