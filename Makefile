@@ -55,10 +55,10 @@ check: setup ## lint, format, who may import whom, types, tables from their JSON
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	$(BIN)/python docs/tables.py --check
+	$(BIN)/backdrop results --check
 
 tables: setup ## rewrite the tables of docs/results from their JSON
-	$(BIN)/python docs/tables.py
+	$(BIN)/backdrop results
 
 docs: setup ## the documentation as a site, built strictly, into build/site
 	$(BIN)/mkdocs build --strict --quiet

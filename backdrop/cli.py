@@ -18,6 +18,7 @@ from .commands import (
     hub,
     lmms_eval,
     pictures,
+    results,
     scenes,
     serve,
     train,
@@ -70,6 +71,7 @@ app.command("lmms-eval", rich_help_panel=MEASURE, **lmms_eval.EXAMPLE, context_s
 app.command("ladder", rich_help_panel=MEASURE, **experiments.LADDER_EXAMPLE)(experiments.ladder)
 app.command("ablate", rich_help_panel=MEASURE, **experiments.ABLATE_EXAMPLE)(experiments.ablate)
 app.add_typer(bench.app, name="bench", rich_help_panel=MEASURE)
+app.command("results", rich_help_panel=MEASURE, **results.EXAMPLE)(results.results)
 
 app.command("export", rich_help_panel=PUBLISH, **hub.EXPORT_EXAMPLE)(hub.export)
 app.command("push", rich_help_panel=PUBLISH, **hub.PUSH_EXAMPLE)(hub.push)

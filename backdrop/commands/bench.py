@@ -223,3 +223,22 @@ def memory(
     from backdrop.train.memory.report import run_memory
 
     run_memory(docs, check)
+
+
+@app.command(**examples("backdrop bench gpu --out runs/gpu --device cpu --shape tiny --parts ttft,breakdown"))
+def gpu(
+    out: Annotated[Path, typer.Option(help="Folder for gpu.json and gpu.md, written after each part.")],
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, or cpu to try the command.")] = "cuda",
+    shape: Annotated[
+        str, typer.Option(help="Shape that is timed: llava-1.5-7b, ..., tiny.")
+    ] = "llava-1.5-7b",
+    parts: Annotated[
+        str | None, typer.Option(help="parity, ttft, breakdown, graphs, memory, compiled, with commas.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="No part starts after so long.")] = 460.0,
+) -> None:
+    """Run everything that only a GPU can tell, in at most eight minutes: parity, times, breakdown, memory."""
+    from backdrop.benchmarks.gpu import PARTS, render_markdown, run_gpu
+
+    chosen = PARTS if parts is None else _several(parts, str)
+    typer.echo(render_markdown(run_gpu(out, device, shape, chosen, seconds)))

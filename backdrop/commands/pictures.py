@@ -102,7 +102,7 @@ def _split_record(path, detections, named, processor, options) -> dict:
     boxes = zip(detections.xyxy, detections.class_id, detections.confidence, strict=True)
     return {
         "image": str(path),
-        "detector": processor._detector(processor._with_defaults(options)).source,
+        "detector": processor.load_detector(**options).source,
         "patches": {kind: int(mask.sum()) for kind, mask in named} | {"total": len(named[0][1])},
         "boxes": [
             {

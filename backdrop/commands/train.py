@@ -29,9 +29,12 @@ def train(
     ] = None,
 ) -> None:
     """Finetune a model by a recipe: a YAML file of options, or the name of one that is shipped."""
+    from importlib.resources import files
+
+    from backdrop.train.arguments import RECIPES
     from backdrop.train.sft import main
 
-    main(list(arguments or []))
+    main(list(arguments or []), (RECIPES, Path(str(files("backdrop.experiments"))) / "recipes"))
 
 
 def data(

@@ -1,8 +1,8 @@
-"""Recognising a known background, so that its pixels can be replaced by the reference's and the model's memo hits.
+"""Recognising a known background, so that a reference's pixels can replace it and the model's background cache hits.
 
 The promise: every patch of a new image is either reused with staleness <= tolerance, or freshly encoded. Staleness is
 the largest, over a patch's four quarter blocks, of the mean absolute RGB difference in grey levels. With tolerance 0
-the reused pixels are equal. `reusable_patches` is stricter still: thin lines and small lamps are seen too.
+the reused pixels are equal. `reusable_patches` is stricter than the promise: it sees thin lines and small lamps too.
 """
 
 import contextlib
@@ -10,64 +10,27 @@ import contextvars
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from transformers.utils import logging
 
 from .background_tracking_backdrop import BackgroundTracker
-from .patch_groups_backdrop import patch_staleness, pixel_mask, reusable_patches
+from .matches_backdrop import Match, MatchReport
+from .patch_groups_backdrop import pixel_mask
+from .reference_descriptors_backdrop import Candidate
 from .reference_store_backdrop import Reference, ReferenceStore
+from .staleness_backdrop import patch_staleness, reusable_patches
 
 logger = logging.get_logger(__name__)
 
 MAX_COMPARISONS = 4  # references whose pixels are compared with one image
-SAMPLED_ROW = 4  # every fourth row of patches tells whether a full comparison is worth it
-TRACKED_REFERENCES = 16  # the most recently matched ones can improve
-
-
-@dataclass(frozen=True, eq=False)
-class Match:
-    """A reference for an image.
-
-    Attributes:
-        reference: whose pixels stand for the background.
-        fresh: bool `[P]`, patches of the image that must be encoded.
-        staleness: float32 `[P]`, of every patch against the reference, grey levels.
-        refreshed: the reference was made anew with this image: no memo has its tokens yet.
-    """
-
-    reference: Reference
-    fresh: np.ndarray
-    staleness: np.ndarray
-    refreshed: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class MatchReport:
-    """What became of one image, for observers.
-
-    Attributes:
-        image: uint8 `[S, S, 3]`, as the model sees it.
-        reference: None on a miss.
-        fresh: bool `[P]`, encoded freshly; all of them on a miss.
-        unseen: bool `[P]`, fresh because the reference does not own them.
-        stale: bool `[P]`, fresh because they differ from the reference.
-        objects: bool `[P]`, fresh because an object was detected there.
-        refreshed: as in `Match`.
-    """
-
-    image: np.ndarray
-    reference: Reference | None
-    fresh: np.ndarray
-    unseen: np.ndarray
-    stale: np.ndarray
-    objects: np.ndarray
-    refreshed: bool
+SAMPLED_LINE = 4  # every fourth line of patches tells whether a full comparison can succeed
+TRACKED_REFERENCES = 16  # this many, the most recently matched, can improve
 
 
 class BackgroundMatcher:
-    """References by namespace, and the choice among them. Thread-safe.
+    """Finds the reference that matches an image, and keeps the references of every namespace. Thread-safe.
 
     Args:
         patch_size: pixels.
@@ -76,14 +39,18 @@ class BackgroundMatcher:
         max_overridden: largest share of the reference's own patches that may be stale and overridden by fresh ones.
         detect: "on_miss" runs the detector only when no background matches, "always" adds its objects to the fresh
             patches of a match.
-        max_references: references kept over all namespaces; the one least recently matched of the fullest goes first.
-            It bounds the bytes: `S * S * 3 + P` on a mapped file for each, and some 500 bytes of memory.
+        max_references: references kept over all namespaces; the least recently matched one of the namespace that has
+            most is evicted first. It bounds the bytes: each takes `S * S * 3 + P` in a memory-mapped file, and some 500
+            bytes of memory.
         ttl: seconds after which a reference is forgotten, None: never.
-        refresh: replace a reference by what its frames show on average, once that pays.
-        folder: where the mapped files live, None: the system's temporary folder.
+        refresh: replace a reference by the mean of the frames that matched it, once that pays.
+        folder: where the memory-mapped files live, None: the system's temporary folder.
 
     Attributes:
-        observer: called with a `MatchReport` for every image; None: nobody.
+        observer: called with a `MatchReport` for every image, in the thread that asks; None: nobody is told.
+
+    Raises:
+        ValueError: an option is out of its range.
     """
 
     def __init__(
@@ -132,7 +99,12 @@ class BackgroundMatcher:
 
     @contextlib.contextmanager
     def scope(self, namespace: str | None = None, bypass: bool | None = None):
-        """Namespace and bypass for the calls made inside a `with` block (of this thread or task only)."""
+        """Sets namespace and bypass for the calls made inside a `with` block, of this thread or task only.
+
+        Args:
+            namespace: whose references are used and added; None: as outside the block.
+            bypass: True neither uses nor adds references; None: as outside the block.
+        """
         current = self._scope.get()
         token = self._scope.set(
             (current[0] if namespace is None else namespace, current[1] if bypass is None else bypass)
@@ -148,37 +120,44 @@ class BackgroundMatcher:
         return None if match is None else self.accept(image, match)
 
     def find(self, image: np.ndarray) -> Match | None:
-        """The reference that leaves the fewest patches to encode, or None. Changes nothing.
+        """The reference that leaves the fewest patches to encode, or None where none matches.
+
+        References and counters stay as they are, except that expired references are dropped.
 
         Args:
             image: uint8 `[S, S, 3]` at the model's geometry.
         """
         namespace = self._scope.get()[0]
         with self._lock:
-            self._counts["expired"] += self._store.forget_expired()
-            candidates = self._store.worth_trying(namespace, image, self.tolerance)
-        best, promising, hopeless = None, 0, 0
-        for score, bound, reference_id in candidates[:MAX_COMPARISONS]:
-            if best is not None and score > 1.25 * promising + 2:  # the rest promises less still
+            self._counts["expired"] += self._store.remove_expired()
+            candidates = self._store.candidates(namespace, image, self.tolerance)
+        best, best_score, ruled_out = None, 0, 0
+        for candidate in candidates[:MAX_COMPARISONS]:
+            # The others promise clearly less than what was found.
+            if best is not None and candidate.score > 1.25 * best_score + 2:
                 break
-            if best is not None and best.fresh.sum() <= bound:
+            if best is not None and best.fresh.sum() <= candidate.min_fresh:
                 continue
-            with self._lock:
-                if reference_id not in self._store:  # evicted by another thread meanwhile
-                    continue
-                reference = self._store.read(reference_id)
-            found = (
-                None if (unlike := self._is_hopeless(reference, image)) else self._compare(reference, image)
-            )
-            found = found or self._compare_improved(reference, image)
-            hopeless += unlike and found is None
-            if hopeless == 2:  # and the rest promises less
+            found, sample_differs = self._compare_candidate(candidate, image)
+            ruled_out += sample_differs and found is None
+            if ruled_out == 2:  # the others promise even less
                 break
             if found is not None and (best is None or found.fresh.sum() < best.fresh.sum()):
-                best, promising = found, score
+                best, best_score = found, candidate.score
         return best
 
+    def _compare_candidate(self, candidate: Candidate, image: np.ndarray) -> tuple[Match | None, bool]:
+        """The match with a candidate, if it is one, and whether a sample of its patches ruled it out as it stands."""
+        with self._lock:
+            if candidate.reference_id not in self._store:  # evicted by another thread meanwhile
+                return None, False
+            reference = self._store.read(candidate.reference_id)
+        sample_differs = self._sample_differs(reference, image)
+        found = None if sample_differs else self._compare(reference, image)
+        return found or self._compare_improved(reference, image), sample_differs
+
     def _compare(self, reference: Reference, image: np.ndarray) -> Match | None:
+        """The match with a reference, None where it reuses too little or overrides too much."""
         same, staleness = reusable_patches(reference.pixels, image, self.patch_size, self.tolerance)
         reusable = reference.patch_mask & same
         overridden = 1 - reusable.sum() / reference.patch_mask.sum()
@@ -186,24 +165,24 @@ class BackgroundMatcher:
             return None
         return Match(reference, ~reusable, staleness)
 
-    def _is_hopeless(self, reference: Reference, image: np.ndarray) -> bool:
-        """Whether hardly a patch fits in every fourth row of patches; a fifth of the cost of comparing all."""
+    def _sample_differs(self, reference: Reference, image: np.ndarray) -> bool:
+        """Whether hardly a patch fits in every fourth line of patches; a fifth of the cost of comparing all."""
         grid = image.shape[0] // self.patch_size
-        if grid < 2 * SAMPLED_ROW:
+        if grid < 2 * SAMPLED_LINE:
             return False
         p = self.patch_size
-        rows = range(SAMPLED_ROW // 2, grid, SAMPLED_ROW)
-        sample, seen = (
-            np.concatenate([pixels[row * p : (row + 1) * p] for row in rows])
+        lines = range(SAMPLED_LINE // 2, grid, SAMPLED_LINE)
+        of_reference, of_image = (
+            np.concatenate([pixels[line * p : (line + 1) * p] for line in lines])
             for pixels in (reference.pixels, image)
         )
-        staleness = patch_staleness(sample, seen, p).reshape(len(rows), grid)
-        owned = reference.patch_mask.reshape(grid, grid)[list(rows)]
+        staleness = patch_staleness(of_reference, of_image, p).reshape(len(lines), grid)
+        owned = reference.patch_mask.reshape(grid, grid)[list(lines)]
         fitting = (owned & (staleness <= self.tolerance)).sum()
         return bool(fitting < 0.5 * (1 - self.max_overridden) * owned.sum())
 
     def _compare_improved(self, reference: Reference, image: np.ndarray) -> Match | None:
-        """What a reference that has gone too stale shows by now, if its frames were followed."""
+        """The match with what the frames of a reference show by now, where the reference itself is too stale."""
         with self._lock:
             tracker = self._trackers.get(reference.reference_id) if self.refresh else None
             if tracker is None:
@@ -219,26 +198,27 @@ class BackgroundMatcher:
         objects: np.ndarray | None = None,
         find_objects: Callable[[], np.ndarray] | None = None,
     ) -> Match:
-        """Counts a match, learns from the image, and improves the reference where that pays by now.
+        """Counts a match, learns from the image, and replaces the reference by a better one where that pays by now.
 
         Args:
             image: uint8 `[S, S, 3]`, the one that was matched.
             match: what `find` gave for it.
             objects: bool `[P]`, detected objects, which are fresh whatever the reference shows.
-            find_objects: gives them; called only where the reference is about to be improved: what rests in front of a
-                background must not become part of it.
+            find_objects: gives the patches of detected objects, bool `[P]`. It is called only where the reference is
+                about to be replaced: a parked object is still an object; without this the running mean absorbs it.
 
         Returns:
             The match to use: the given one, or one with a refreshed reference.
         """
         reusable = ~match.fresh
         with self._lock:
-            self._store.touch(match.reference.reference_id)
+            self._store.mark_used(match.reference.reference_id)
             improves = self.refresh and self._learn(image, match)
         if improves:
-            resting = objects if objects is not None or find_objects is None else find_objects()
-            with self._lock:  # not held while a detector runs
-                match = self._improve(image, match, resting)
+            # The lock is not held while a detector runs.
+            parked = objects if objects is not None or find_objects is None else find_objects()
+            with self._lock:
+                match = self._improve(image, match, parked)
         objects = np.zeros_like(match.fresh) if objects is None else objects
         unseen = ~match.reference.patch_mask
         stale = match.fresh & ~unseen
@@ -265,8 +245,8 @@ class BackgroundMatcher:
 
         Args:
             image: uint8 `[S, S, 3]`.
-            patch_mask: bool `[P]`, its background; None: it has none.
-            objects: bool `[P]`, its objects.
+            patch_mask: bool `[P]`, the patches of its background; None: it has none.
+            objects: bool `[P]`, the patches of its objects.
         """
         if patch_mask is not None:
             self.add(image, patch_mask)
@@ -285,7 +265,7 @@ class BackgroundMatcher:
             self._store.add(self._scope.get()[0], image, patch_mask)
 
     def clear(self, namespace: str | None = None) -> None:
-        """Forgets the references of a namespace, or of all; the counters stay."""
+        """Forgets the references of a namespace, or of all with None; the counters stay."""
         with self._lock:
             if namespace is None:
                 self._store.clear()
@@ -296,7 +276,10 @@ class BackgroundMatcher:
                 self._trackers.pop(reference_id, None)
 
     def stats(self) -> dict[str, int]:
-        """References and bytes now (`memory_bytes` and `file_bytes`, all that is kept); counts since the beginning."""
+        """The references and bytes kept now, and what was counted since the matcher was made.
+
+        `bytes` is the sum of `memory_bytes` (descriptors and running means) and `file_bytes` (memory-mapped files).
+        """
         with self._lock:
             memory, files = self._store.num_bytes()
             memory += sum(tracker.num_bytes for tracker in self._trackers.values())
@@ -318,10 +301,10 @@ class BackgroundMatcher:
         )
 
     def _learn(self, image: np.ndarray, match: Match) -> bool:
-        """Whether the reference should be improved, after this image."""
+        """Takes the image into the reference's running mean; returns whether the reference should be replaced now."""
         old = match.reference
         if old.reference_id not in self._store:
-            return False  # evicted, or replaced by another thread: what was found holds all the same
+            return False  # evicted or replaced by another thread meanwhile; the match holds all the same
         tracker = self._trackers.pop(old.reference_id, None)
         if tracker is None:
             tracker = BackgroundTracker(image, self.patch_size, self.tolerance)
@@ -335,22 +318,23 @@ class BackgroundMatcher:
         return match.refreshed or tracker.pays(old.patch_mask)
 
     def _improve(self, image: np.ndarray, match: Match, objects: np.ndarray | None) -> Match:
+        """The match with a better reference, which is stored; the given match where that does not pay after all."""
         old = match.reference
         tracker = self._trackers.get(old.reference_id)
         if tracker is None or old.reference_id not in self._store:
             return match
         if objects is not None:
             tracker.note_objects(objects)
-        # A revived match carries the proposal already; the store has what it was made from.
+        # The reference of a refreshed match is a proposal already; the stored one is what it was made from.
         kept = self._store.read(old.reference_id)
         if not match.refreshed and not tracker.pays(kept.patch_mask):
-            return match  # what was wasted were objects that rest
-        tracker.wasted[:] = 0
+            return match  # the patches that were encoded freshly time after time were parked objects
+        tracker.reset_waste()
         pixels, owned = tracker.proposal(kept.pixels, kept.patch_mask)
         same, staleness = reusable_patches(pixels, image, self.patch_size, self.tolerance)
         fresh = ~(same & owned)
-        if not match.refreshed and fresh.sum() >= match.fresh.sum():  # what was wasted lies in the past
-            return match
+        if not match.refreshed and fresh.sum() >= match.fresh.sum():
+            return match  # what it would have saved in earlier frames is not in this one
         namespace = self._scope.get()[0]
         self._store.remove(old.reference_id)
         del self._trackers[old.reference_id]

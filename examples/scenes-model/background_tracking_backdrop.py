@@ -1,30 +1,36 @@
-"""How a reference improves: what the frames that matched it show, averaged, and when adopting that pays.
+"""How a reference improves: a running mean of the frames that matched it, and when it pays to replace the reference.
 
-A reference begins as one frame: noisy, and blind where an object stood. Each frame that matches it updates a running
-mean of every patch, begun anew where the patch changed. A patch that stayed the same for a while is *settled*: a
-reference with those pixels would have been reused there. Adopting it costs one encoding of the background, so it pays
-once the times that settled patches were encoded freshly, since they last changed, add up to as many as that (the
-break-even rule of the ski-rental problem). What merely passes by, however slowly, starts at zero with each change. What a detector calls an
-object never settles: models are trained on backgrounds without objects, and answer worse about one that hides there.
+A reference begins as one frame, with that frame's noise, and without the patches where an object stood. Each frame that
+matches it updates a running mean of every patch; where a patch changed, its mean starts again. A patch that has stayed
+the same for some frames is *settled*: a reference with those pixels would have been reused there.
+
+A better reference costs one encoding of the background. It pays once settled patches have been encoded freshly, since
+they last changed, as many times as the background has patches. This is the break-even rule of the ski-rental problem,
+which never costs more than twice the optimum (Karlin, Manasse, Rudolph and Sleator, "Competitive snoopy caching", 1988).
+Each change resets a patch's counter, so moving objects never trigger an update.
+
+A parked object is still an object, so the patches of detected objects never settle; without this the running mean would
+absorb it, and a model trained on backgrounds without objects answers worse about what hides in one.
 """
 
 import numpy as np
 
-from .patch_groups_backdrop import pixel_mask, reusable_patches
+from .patch_groups_backdrop import pixel_mask
+from .staleness_backdrop import reusable_patches
 
-WINDOW = 16  # frames in the running mean: noise falls to a quarter, slow drift is still followed
-SETTLED = 4  # frames without a change
-# The same for a patch that the reference owns: what it had there before may well come back.
+WINDOW = 16  # frames in the running mean: the noise falls to a quarter, and slow drift is still followed
+SETTLED = 4  # frames without a change after which a patch is settled
+# The same for a patch that the reference owns, where what it showed before may well come back.
 SETTLED_OVER_KNOWN = 8
 
 
 class BackgroundTracker:
-    """Running mean of one background.
+    """Running mean of the frames that matched one background. Not thread-safe.
 
     Args:
         image: uint8 `[S, S, 3]`, the first frame.
         patch_size: pixels.
-        tolerance: as the matcher's.
+        tolerance: the matcher's, grey levels: within it a patch counts as unchanged.
     """
 
     def __init__(self, image: np.ndarray, patch_size: int, tolerance: float):
@@ -32,20 +38,27 @@ class BackgroundTracker:
         self.tolerance = tolerance
         self.estimate = image.copy()  # uint8 [S, S, 3]
         grid = image.shape[0] // patch_size
-        # With tolerance 0 a patch is the same pixels or another patch: nothing to average.
+        # With tolerance 0 an unchanged patch has equal pixels, so there is nothing to average.
         self.mean = self._cells(image).astype(np.float32) if tolerance > 0 else None  # [g, p, g, 3 p]
         self.frames = np.ones(grid * grid, dtype=np.int32)  # since the last change
         self.wasted = np.zeros(grid * grid, dtype=np.int32)  # fresh encodings since the last change
-        self.objects = np.zeros(grid * grid, dtype=bool)  # detected when last looked, and unchanged since
+        self.objects = np.zeros(
+            grid * grid, dtype=bool
+        )  # where the last detection found objects, if unchanged since
 
     @property
     def num_bytes(self) -> int:
-        """Bytes kept."""
+        """Bytes of memory."""
         kept = self.estimate.nbytes + self.frames.nbytes + self.wasted.nbytes + self.objects.nbytes
         return kept + (self.mean.nbytes if self.mean is not None else 0)
 
     def update(self, image: np.ndarray, fresh: np.ndarray) -> None:
-        """Takes in a matched frame uint8 `[S, S, 3]` whose `fresh [P]` patches were encoded."""
+        """Takes in a matched frame.
+
+        Args:
+            image: uint8 `[S, S, 3]`.
+            fresh: bool `[P]`, the patches of it that were encoded freshly.
+        """
         unchanged, _ = reusable_patches(self.estimate, image, self.patch_size, self.tolerance)
         self.objects &= unchanged
         self.wasted = np.where(unchanged & ~self.objects, self.wasted + fresh, 0)
@@ -74,21 +87,33 @@ class BackgroundTracker:
         )
 
     def settled(self, owned: np.ndarray) -> np.ndarray:
-        """Bool `[P]`, given the patches `owned [P]` by the reference. An object that rests is still an object."""
+        """The patches that have stayed the same for some frames and show no detected object, bool `[P]`.
+
+        Args:
+            owned: bool `[P]`, the patches that the reference owns.
+        """
         return (self.frames >= np.where(owned, SETTLED_OVER_KNOWN, SETTLED)) & ~self.objects
 
     def note_objects(self, objects: np.ndarray) -> None:
-        """Patches `[P]` bool that a detector found objects in, in the latest frame: no background while they stay."""
+        """Keeps patches from settling as long as they do not change.
+
+        Args:
+            objects: bool `[P]`, where a detector found objects in the latest frame.
+        """
         self.objects = objects.copy()
         self.wasted[objects] = 0
 
+    def reset_waste(self) -> None:
+        """Counts from zero again, once what was wasted has been acted on."""
+        self.wasted[:] = 0
+
     def pays(self, owned: np.ndarray) -> bool:
-        """Whether a better reference would by now have saved what it costs."""
+        """Whether a better reference would by now have saved what it costs, given the patches `owned [P]` bool."""
         settled = self.settled(owned)
         return bool(self.wasted[settled].sum() >= (owned | settled).sum())
 
     def proposal(self, pixels: np.ndarray, owned: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A better reference: settled patches as averaged, others as the current reference has them.
+        """A better reference: the running mean of settled patches, and the current reference elsewhere.
 
         Args:
             pixels: uint8 `[S, S, 3]`, the current reference's.
@@ -98,7 +123,7 @@ class BackgroundTracker:
             uint8 `[S, S, 3]` and the patches it owns, bool `[P]`.
         """
         settled = self.settled(owned)
-        # Where the reference shows the same still, its mean is the better picture of it.
+        # Patches that still show what the reference shows are replaced by their mean too, which has less noise.
         same, _ = reusable_patches(pixels, self.estimate, self.patch_size, self.tolerance)
         adopted = settled | (owned & same & (self.frames >= SETTLED) & ~self.objects)
         mask = pixel_mask(adopted, pixels.shape[0], self.patch_size)

@@ -2,16 +2,18 @@
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+# The two group kinds, the values of `group_kind`.
+BACKGROUND, OBJECT = 0, 1
 # Tokens that a tower puts before its patch tokens (CLS), by the tower's `model_type`.
 TOWER_PREFIX_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1}
-# LLaVA-1.5 pads Llama's 32,000 rows so that the placeholder fits.
+# LLaVA-1.5 pads Llama's 32,000 embedding rows so that the placeholder fits.
 DEFAULT_TEXT = {"model_type": "llama", "vocab_size": 32064}
 
 
 class BackdropConfig(PreTrainedConfig):
     """Everything that decides which function the model computes.
 
-    The fields that LLaVA has too carry LLaVA's names, so that a converted checkpoint reads the same.
+    The fields that LLaVA has too have LLaVA's names, so that a converted checkpoint reads the same.
 
     Fields:
         vision_config, text_config: configurations of the tower (CLIP, SigLIP or DINOv2) and of the decoder.
@@ -29,6 +31,9 @@ class BackdropConfig(PreTrainedConfig):
         raster_order: tokens of a background and the objects after it are put back into the order of the grid (LLaVA's
             order; for ablations: what reading backgrounds first changes). No separators, and no prefix to reuse.
         trained_on_groups: False for a converted, not yet finetuned model, which warns once when it splits.
+
+    Raises:
+        ValueError: a field has a value that cannot work, or two fields contradict each other.
     """
 
     model_type = "backdrop"
@@ -59,6 +64,25 @@ class BackdropConfig(PreTrainedConfig):
             self.tie_word_embeddings = True
         super().__post_init__(**kwargs)
         self._check()
+
+    def check_servable(self) -> None:
+        """Refuses what vLLM's Transformers backend, which builds the model with its own attention, cannot run right.
+
+        Raises:
+            ValueError: the model is being built for vLLM, and has prefusion layers or raster order.
+        """
+        if self.text_config._attn_implementation != "vllm":
+            return
+        if self.num_prefusion_layers:
+            raise ValueError(
+                f"num_prefusion_layers is {self.num_prefusion_layers}: vLLM gives no attention to layers outside the "
+                "language model. Fold them into it: backdrop export MODEL OUT --fold-prefusion"
+            )
+        if self.raster_order:
+            raise ValueError(
+                "raster_order is True: tokens of two groups are mixed, but vLLM encodes each group by itself; wanted "
+                "False."
+            )
 
     def _check(self) -> None:
         tower = self.vision_config.model_type

@@ -35,6 +35,9 @@ def encode_groups(
 
     Returns:
         `G` tensors `[n_g (+ C), D * layers]` in the tower's dtype.
+
+    Raises:
+        KeyError: the tower is of another model type.
     """
     prefix_tokens = TOWER_PREFIX_TOKENS[vision_tower.config.model_type]
     layers = _encoder_layers(vision_tower)
@@ -56,18 +59,20 @@ def encode_groups(
 
 
 def plan_rows(lengths: list[int], width: int) -> list[list[int]]:
-    """Distributes sequences over rows so that the padded rows cost the fewest FLOPs.
+    """Distributes sequences over packed rows so that the padded rows cost the fewest FLOPs.
 
-    For every possible number of rows the longest sequence left goes to the emptiest row (LPT scheduling, Graham
-    1969); the plan kept is the one that minimises `R * L * (1 + L / (6 * width))`, the cost of a transformer layer:
-    `24 L D^2` in its linear maps and `4 L^2 D` in its attention. Ties go to more rows, which need less masking.
+    For every possible number of rows the longest sequence left goes to the emptiest row (longest processing time first,
+    Graham, "Bounds on multiprocessing timing anomalies", 1969). Of these plans the one is kept that minimises
+    `R * L * (1 + L / (6 * width))`, the cost of a transformer layer up to a factor: `24 L D^2` FLOPs in its linear maps
+    and `4 L^2 D` in its attention (Narayanan et al., "Efficient large-scale language model training on GPU clusters",
+    2021). Ties go to more rows, which need less masking.
 
     Args:
         lengths: tokens of each sequence.
         width: `D`, the model width.
 
     Returns:
-        For each row the indices of its sequences.
+        For each packed row the indices of its sequences.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     best_rows, best_cost = [], float("inf")
@@ -91,14 +96,14 @@ def _encode_packed_rows(layers, tokens, lengths, depths, dropped, config):
     starts = np.concatenate([[0], np.cumsum(lengths)])
     source = np.zeros((len(rows), row_length), dtype=np.int64)  # padding repeats token 0, which nothing reads
     owner = np.full((len(rows), row_length), -1, dtype=np.int64)
-    place = {}
+    located = {}  # group: (row, its first position there)
     for r, row in enumerate(rows):
-        column = 0
+        position = 0
         for i in row:
-            source[r, column : column + lengths[i]] = np.arange(starts[i], starts[i + 1])
-            owner[r, column : column + lengths[i]] = i
-            place[i] = (r, column)
-            column += lengths[i]
+            source[r, position : position + lengths[i]] = np.arange(starts[i], starts[i + 1])
+            owner[r, position : position + lengths[i]] = i
+            located[i] = (r, position)
+            position += lengths[i]
     packed = tokens[torch.from_numpy(source).to(tokens.device)]  # [R, L, D]
     owner = torch.from_numpy(owner).to(tokens.device)
     # Padding is a block of its own: a query that may attend to nothing would be NaN.
@@ -107,11 +112,11 @@ def _encode_packed_rows(layers, tokens, lengths, depths, dropped, config):
         blocked = torch.zeros((), dtype=packed.dtype, device=packed.device)
         mask = torch.where(mask, blocked, torch.finfo(packed.dtype).min)
     states = _run_layers(layers, packed, mask, depths)
-    return [states[r, start + dropped : start + lengths[i]] for i, (r, start) in sorted(place.items())]
+    return [states[r, start + dropped : start + lengths[i]] for i, (r, start) in sorted(located.items())]
 
 
 def _encode_by_length(layers, tokens, lengths, depths, dropped):
-    """Groups of equal length together, no mask: for attention that takes none of ours (flash, flex)."""
+    """Groups of equal length together, without a mask: for attention that takes none of our masks (flash, flex)."""
     groups = tokens.split(lengths)
     features = [None] * len(lengths)
     for length in sorted(set(lengths)):
@@ -142,7 +147,7 @@ def _embed(vision_tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     """Patch and position embeddings of the full grid, `[G, C + P, D]`, as the tower itself computes them."""
     pixel_values = pixel_values.to(vision_tower.dtype)
     device = next(vision_tower.embeddings.parameters()).device
-    if device.type != "meta":  # weights offloaded by accelerate: its hooks do the moving
+    if device.type != "meta":  # "meta": weights that accelerate offloaded, and its hooks move the pixels
         pixel_values = pixel_values.to(device)
     hidden = vision_tower.embeddings(pixel_values)
     if vision_tower.config.model_type == "clip_vision_model":
@@ -151,6 +156,7 @@ def _embed(vision_tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def _encoder_layers(vision_tower: nn.Module) -> nn.ModuleList:
+    """The tower's transformer layers, wherever its class keeps them."""
     encoder = vision_tower.encoder
     return encoder.layer if vision_tower.config.model_type == "dinov2" else encoder.layers
 

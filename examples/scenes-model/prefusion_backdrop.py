@@ -1,4 +1,7 @@
-"""Prefusion: decoder layers of the language model's own kind in front of it (the idea is LLaVA-Mini's).
+"""Prefusion: decoder layers of the language model's own class in front of it.
+
+The idea is LLaVA-Mini's (Zhang et al., "LLaVA-Mini: efficient image and video large multimodal models with one vision
+token", 2025).
 
 The layers run over the whole sequence, image and text tokens alike, causally, and start as the identity: their
 output projections are zero, so that a model that gains prefusion answers as before until it is trained. Their keys
@@ -24,6 +27,10 @@ class BackdropPrefusion(nn.Module):
         language_model: the decoder whose layers, rotary embedding and attention implementation are followed.
         num_layers: layers to build.
         rotary: False gives the layers no positions (cosine 1, sine 0).
+
+    Raises:
+        ValueError: the language model has no rotary positions, no full attention, or layers without the projections
+            that have to start at zero.
     """
 
     def __init__(self, language_model: nn.Module, num_layers: int, rotary: bool):
@@ -66,7 +73,17 @@ class BackdropPrefusion(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """`[B, L, D]` -> `[B, L, D]`; `rotary_emb` is the language model's; `position_ids [B or 1, L]`."""
+        """`inputs_embeds [B, L, D]` -> `[B, L, D]`, on top of what `past_key_values` holds.
+
+        Args:
+            rotary_emb: the language model's.
+            attention_mask: as the language model takes it.
+            position_ids: `[B, L]` or `[1, L]`.
+            past_key_values: the language model's cache; it gains layers where it lacks them.
+
+        Raises:
+            ValueError: the cache cannot gain layers, see `grow_cache`.
+        """
         if past_key_values is not None:
             grow_cache(past_key_values, self.config.num_hidden_layers + len(self.layers))
         if isinstance(attention_mask, dict):
@@ -96,23 +113,26 @@ class BackdropPrefusion(nn.Module):
 
 
 def grow_cache(cache: Cache, num_layers: int) -> None:
-    """Appends empty layers of the cache's own kind until it has `num_layers`.
+    """Appends empty layers of the cache's own class until it has `num_layers`.
 
-    A cache built from a config has a fixed number of slots; one built without adds them by itself.
+    A cache that was built from a configuration has a fixed number of layers; one built without adds them by itself.
+
+    Raises:
+        ValueError: the cache has neither dynamic nor static layers of full attention.
     """
     if cache.layer_class_to_replicate is not None:
         return
     while len(cache.layers) < num_layers:
-        kinds = {type(layer) for layer in cache.layers}
-        if DynamicLayer in kinds:
+        classes = {type(layer) for layer in cache.layers}
+        if DynamicLayer in classes:
             cache.layers.append(DynamicLayer())
-        elif StaticLayer in kinds:
+        elif StaticLayer in classes:
             full = next(layer for layer in cache.layers if type(layer) is StaticLayer)
             cache.layers.append(StaticLayer(max_cache_len=full.max_cache_len))
         else:
             raise ValueError(
                 f"Prefusion keeps keys and values in the language model's cache, and {type(cache).__name__} of "
-                f"{sorted(kind.__name__ for kind in kinds)} cannot grow; wanted full-attention DynamicCache or StaticCache."
+                f"{sorted(cls.__name__ for cls in classes)} cannot grow; wanted full-attention DynamicCache or StaticCache."
             )
 
 

@@ -1,4 +1,4 @@
-"""Images and text to the model's inputs: groups, expanded placeholders, separators."""
+"""The processor: images and text to the model's inputs, with each `<image>` expanded to its groups' placeholders."""
 
 import os
 import sys
@@ -17,15 +17,18 @@ SEPARATOR_TOKENS = ("[BG_START]", "[BG_END]", "[OBJ_START]", "[OBJ_END]")
 class BackdropProcessor(ProcessorMixin):
     """Image processor and tokenizer in one.
 
-    Each `<image>` of a prompt stands for one item: an ordinary image, or a patch group. It expands to
-    `[BG_START]<image>*n[BG_END][OBJ_START]<image>*m[OBJ_END]`, with exactly the groups that the item became.
+    Each `<image>` of a prompt stands for an ordinary image or for a patch group. It expands to
+    `[BG_START]<image>*n[BG_END][OBJ_START]<image>*m[OBJ_END]`, with exactly the groups that the image became.
 
     Args:
         image_processor: a `BackdropImageProcessor`.
         tokenizer: its vocabulary holds `<image>` and, with separators, their four tokens, as special tokens.
-        use_separators: False: groups follow each other bare.
+        use_separators: False expands groups without separators.
         extra_tokens_per_group: placeholders of a group beyond its patches (1 where the model keeps the CLS token).
         chat_template: Jinja.
+
+    Raises:
+        ValueError: the tokenizer lacks one of the tokens.
     """
 
     def __init__(
@@ -46,11 +49,11 @@ class BackdropProcessor(ProcessorMixin):
         )
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    # ---- matching, one call away
+    # ---- matching
 
     @property
     def background_matching(self):
-        """The `BackgroundMatcher`, None while it is off."""
+        """The `BackgroundMatcher`, None while matching is off."""
         return self.image_processor.background_matching
 
     def enable_background_matching(self, tolerance: float = 0.0, **options):
@@ -64,27 +67,37 @@ class BackdropProcessor(ProcessorMixin):
     # ---- hooks of ProcessorMixin.__call__
 
     def __call__(self, images=None, text=None, **kwargs):
-        """As `ProcessorMixin`'s. Inside vLLM an ordinary image is one background group (plain LLaVA): the engine takes one
-        row of pixels for each item, so clients split (`backdrop.serving`)."""
+        """As `ProcessorMixin`'s. Inside vLLM an ordinary image is one background group (plain LLaVA).
+
+        The engine takes one entry of `pixel_values` for each image, so clients split (`backdrop.serving`).
+        """
         if images is not None and "vllm" in sys.modules:
             kwargs.setdefault("split", False)
         return super().__call__(images=images, text=text, **kwargs)
 
     def validate_inputs(self, images=None, text=None, **kwargs):
-        """One `<image>` per item, no more and no fewer, named before any work is done."""
+        """Checks that there is one `<image>` for each image or patch group, before any work is done.
+
+        Raises:
+            ValueError: the numbers differ.
+        """
         super().validate_inputs(images=images, text=text, **kwargs)
         if text is None:
             return
         texts = [text] if isinstance(text, str) else list(text)
         placeholders = sum(sample.count(self.image_token) for sample in texts)
-        items = 0 if images is None else len(self.image_processor._prepare_images_structure(images))
-        if placeholders != items:
+        num_images = self.image_processor.num_images(images)
+        if placeholders != num_images:
             raise ValueError(
-                f"The prompts have {placeholders} {self.image_token} placeholders for {items} images; wanted one each."
+                f"The prompts have {placeholders} {self.image_token} placeholders for {num_images} images; wanted one each."
             )
 
     def apply_chat_template(self, conversation, *args, return_assistant_tokens_mask: bool = False, **kwargs):
-        """As transformers'. Marks of assistant tokens need a version that moves them with the placeholders."""
+        """As transformers'. A mask of assistant tokens needs a version that moves it as placeholders expand.
+
+        Raises:
+            ValueError: the mask is asked for and this version of transformers would misplace it.
+        """
         if return_assistant_tokens_mask and not hasattr(ProcessorMixin, "_adjust_assistant_masks_indices"):
             raise ValueError(
                 f"transformers {transformers.__version__} puts assistant masks at wrong tokens where placeholders are "
@@ -95,7 +108,7 @@ class BackdropProcessor(ProcessorMixin):
         )
 
     def _adjust_assistant_masks_indices(self, processed_dict, generation_indices):
-        # The base class walks the offsets one by one, which on a tensor takes most of a collator's time.
+        # The base class reads the offsets one by one, which on a tensor takes most of a collator's time.
         offsets = processed_dict["offset_mapping"]
         processed_dict["offset_mapping"] = offsets if isinstance(offsets, list) else offsets.tolist()
         return super()._adjust_assistant_masks_indices(processed_dict, generation_indices)
@@ -109,7 +122,12 @@ class BackdropProcessor(ProcessorMixin):
         return processed, replacements
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """What one item's `<image>` expands to."""
+        """The text that the `<image>` of one image or patch group expands to.
+
+        Args:
+            image_inputs: the image processor's output.
+            image_idx: which of the images that went in.
+        """
         counts = [int(count) for count in image_inputs["groups_per_image"]]
         first = sum(counts[:image_idx])
         return "".join(
@@ -118,7 +136,12 @@ class BackdropProcessor(ProcessorMixin):
         )
 
     def expand_group(self, num_patches: int, kind: int) -> str:
-        """Placeholders and separators of one group; the one place that counts tokens."""
+        """Placeholders and separators of one group; the one place that counts tokens.
+
+        Args:
+            num_patches: patches that the group owns.
+            kind: 0 background, 1 object.
+        """
         placeholders = self.image_token * (num_patches + self.extra_tokens_per_group)
         if not self.use_separators:
             return placeholders
@@ -127,17 +150,16 @@ class BackdropProcessor(ProcessorMixin):
 
     @property
     def unused_input_names(self) -> list[str]:
-        """The item -> groups map is the processor's own."""
+        """Outputs of the image processor that the model does not take: the number of groups of each image."""
         return ["groups_per_image"]
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
-        """Upper bound of the tokens per item: two groups, both with their extras and separators."""
+        """Upper bound of the tokens per image: two groups, both with their extras and separators."""
         if image_sizes is None:
             return MultiModalData()
-        processor = self.image_processor
-        grid = processor._side(processor._with_defaults({})) // processor.patch_size
-        # A matched image repeats stale patches in both groups, an overlapping split its ring.
-        tokens = 2 * grid * grid + 2 * self.extra_tokens_per_group + 4 * self.use_separators
+        # A patch can be in both groups: a stale one of a matched image, or one in the ring of an overlapping split.
+        patches = 2 * self.image_processor.num_patches
+        tokens = patches + 2 * self.extra_tokens_per_group + 4 * self.use_separators
         return MultiModalData(
             num_image_tokens=[tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
         )
@@ -146,7 +168,7 @@ class BackdropProcessor(ProcessorMixin):
 
     @staticmethod
     def add_tokens(tokenizer, use_separators: bool = True) -> int:
-        """Adds the placeholder and the separators as special tokens; how many were new."""
+        """Adds the placeholder and the separators as special tokens; returns how many were new."""
         names = (IMAGE_TOKEN, *(SEPARATOR_TOKENS if use_separators else ()))
         return tokenizer.add_tokens(
             [AddedToken(name, special=True, normalized=False) for name in names], True
@@ -160,8 +182,8 @@ class BackdropProcessor(ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        # Straight to the sibling class: through AutoImageProcessor it would be a second module object with hub code,
-        # and unknown without it.
+        # AutoImageProcessor would load a second copy of the class from an exported folder, and does not know the class
+        # without one.
         image_processor = BackdropImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return [image_processor, AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)]
 

@@ -1,25 +1,18 @@
-"""Puts the tables of `docs/results/*.md` in place, from `docs/results/data/*.json`.
-
-    python docs/tables.py            # rewrites the tables
-    python docs/tables.py --check    # exits 1 and names the pages whose tables are not what their JSON says
+"""The tables of `docs/results/*.md`, from `docs/results/data/*.json`.
 
 A page has prose, and between the lines `<!-- table NAME -->` and `<!-- end -->` a table. `NAME` is a key of `TABLES`.
 """
 
-import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-RESULTS = ROOT / "docs" / "results"
+RESULTS = Path("docs") / "results"  # of a checkout, from its root
 _MARKED = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 
 def scenes(report: dict) -> str:
-    from backdrop.scenes.exam import markdown
+    from backdrop.scenes.exam_report import markdown
 
     return markdown(report)
 
@@ -37,7 +30,7 @@ def ablations(report: dict) -> str:
 
 
 def ttft(rows: list[dict]) -> str:
-    from backdrop.benchmarks.ttft import render_markdown
+    from backdrop.benchmarks.ttft_report import render_markdown
 
     # The page has a title of its own.
     return render_markdown(rows).removeprefix("# Time to first token\n\n").replace("## ", "### ")
@@ -53,6 +46,13 @@ def serving(report: dict) -> str:
     from backdrop.benchmarks.serving import render_markdown
 
     return render_markdown(report)
+
+
+def gpu(report: dict) -> str:
+    from backdrop.benchmarks.gpu import render_markdown
+
+    # The page has a title of its own.
+    return render_markdown(report).removeprefix("# On a GPU\n\n").replace("## ", "### ")
 
 
 def camera(report: dict) -> str:
@@ -121,6 +121,7 @@ TABLES = {
     "ladder": ("ladder.json", ladder),
     "ablations": ("ablations.json", ablations),
     "ttft": ("ttft.json", ttft),
+    "gpu": ("gpu.json", gpu),
     "matching": ("matching.json", matching),
     "serving": ("serving.json", serving),
     "serving-clip-l": ("serving-clip-l.json", serving),
@@ -162,21 +163,3 @@ def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
     lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
     return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="rewrite nothing; exit 1 if a table is not fresh"
-    )
-    options = parser.parse_args()
-    stale = refresh(options.check)
-    for page in stale:
-        print(page.relative_to(ROOT))
-    sys.exit(1 if stale and options.check else 0)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,73 @@
+"""The background cache of a model: switched on and off, and asked for by everything else through one door."""
+
+import os
+
+import torch
+from transformers.utils import logging
+
+from .background_cache_backdrop import BackgroundCache
+from .background_folder_backdrop import BackgroundFolder
+from .prefix_rules_backdrop import keeps_prefixes
+
+logger = logging.get_logger(__name__)
+
+
+class BackgroundCacheMixin:
+    """For a `PreTrainedModel` whose base model (`base_model`) holds the cache."""
+
+    _background_cache: BackgroundCache | None = None
+
+    @property
+    def background_cache(self) -> BackgroundCache | None:
+        """The cache of backgrounds, None while it is off."""
+        return self.base_model._background_cache
+
+    @property
+    def cache_in_use(self) -> BackgroundCache | None:
+        """The cache for this call: None while it is off or bypassed, in training, and where gradients are taken."""
+        cache = self.background_cache
+        if cache is None or cache.bypassed or self.training or torch.is_grad_enabled():
+            return None
+        return cache
+
+    def enable_background_cache(
+        self,
+        max_bytes: int = 2 * 2**30,
+        prefixes: bool = True,
+        host_max_bytes: int = 0,
+        folder: str | os.PathLike | None = None,
+        folder_max_bytes: int = 16 * 2**30,
+    ) -> BackgroundCache:
+        """Keeps vision tokens and language-model prefixes of backgrounds and reuses them; answers do not change.
+
+        Args:
+            max_bytes: bound on everything kept where the model is; the least recently used is evicted first.
+            prefixes: keep keys and values of the language model too, not vision tokens alone.
+            host_max_bytes: bound on what is kept in the host's memory after eviction; useful beside a GPU.
+            folder: a folder for what is to outlive this process; several processes may share it.
+            folder_max_bytes: bound on its bytes.
+
+        Returns:
+            The new, empty cache; an earlier one is dropped.
+
+        Raises:
+            ValueError: a bound is too small, or `folder` is a file.
+        """
+        text_config = self.config.text_config
+        prefixes_work = keeps_prefixes(text_config)
+        if prefixes and not prefixes_work:
+            logger.warning(
+                f"{text_config.model_type} is no full-attention decoder: the background cache keeps vision "
+                "tokens only."
+            )
+        self.base_model._background_cache = BackgroundCache(
+            max_bytes,
+            prefixes and prefixes_work,
+            host_max_bytes,
+            None if folder is None else BackgroundFolder(folder, folder_max_bytes),
+        )
+        return self.background_cache
+
+    def disable_background_cache(self) -> None:
+        """Drops the cache; everything is computed again."""
+        self.base_model._background_cache = None

@@ -1,0 +1,118 @@
+"""Keys of the background cache: digests of everything that a stored value depends on.
+
+Vision tokens of a background depend on its pixels and mask, on tower and projector, and on how they run. The language
+model's keys and values up to a background's end depend, beyond that, on every token id and position before the end and
+on every background before it. All of it is in the key, so a hit never changes an answer. The model makes its keys
+itself and takes no caller's.
+"""
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import transformers
+from torch import nn
+
+from .configuration_backdrop import BACKGROUND
+
+DIGEST_BYTES = 20  # 160 bits: accidental collisions are out of reach
+
+
+def content_key(pixel_values: torch.Tensor, patch_mask: torch.Tensor, context: bytes) -> bytes:
+    """Key of one group's vision tokens: a digest of the group as the model sees it.
+
+    Args:
+        pixel_values: `[3, S, S]`, any float dtype.
+        patch_mask: `[P]` bool.
+        context: what else the value depends on, see `tokens_context`.
+    """
+    digest = hashlib.blake2b(context, digest_size=DIGEST_BYTES)
+    for tensor in (pixel_values, patch_mask):
+        tensor = tensor.detach().contiguous().cpu()
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(torch.uint8).numpy())
+    return digest.digest()
+
+
+def content_keys(
+    pixel_values: torch.Tensor, patch_mask: torch.Tensor, groups: list[int], context: bytes
+) -> dict[int, bytes]:
+    """`content_key` of some groups of `pixel_values [G, 3, S, S]`, `patch_mask [G, P]`, several at a time."""
+    pixels, masks = pixel_values.detach().cpu(), patch_mask.detach().cpu()
+
+    def one(g: int) -> bytes:
+        return content_key(pixels[g], masks[g], context)
+
+    if len(groups) < 2:
+        return {g: one(g) for g in groups}
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the interpreter's lock
+        return dict(zip(groups, pool.map(one, groups), strict=True))
+
+
+def prefix_key(
+    input_ids: torch.Tensor, position_ids: torch.Tensor, content: Sequence[bytes], context: bytes
+) -> bytes:
+    """Key of the language model's keys and values up to a background's end.
+
+    Args:
+        input_ids, position_ids: `[n]`, everything from the row's first token to that end.
+        content: `content_key` of each background before that end, in order.
+        context: what else the value depends on, see `prefix_context`.
+    """
+    return joined_key(
+        context, input_ids.cpu().numpy().tobytes(), position_ids.cpu().numpy().tobytes(), *content
+    )
+
+
+def tokens_context(model) -> bytes:
+    """What a background's vision tokens depend on beyond its pixels and mask; `model` is a `BackdropModel`."""
+    return _context(model, model.vision_modules(BACKGROUND))
+
+
+def prefix_context(model) -> bytes:
+    """What keys and values of the language model depend on beyond ids, positions and vision tokens."""
+    modules = [model.language_model]
+    if model.config.num_prefusion_layers:
+        modules.append(model.prefusion)
+    return _context(model, modules)
+
+
+def joined_key(*parts: bytes) -> bytes:
+    """Digest of parts whose borders count: `joined_key(b"ab", b"c") != joined_key(b"a", b"bc")`."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for part in parts:
+        digest.update(struct.pack("<q", len(part)))
+        digest.update(part)
+    return digest.digest()
+
+
+def _context(model, modules: Sequence[nn.Module]) -> bytes:
+    """Digest of the cache's namespace, of how the model runs (dtype, attention, switches) and of the modules' weights."""
+    config, cache = model.config, model.background_cache
+    autocast = [
+        f"{device_type}={torch.get_autocast_dtype(device_type)}"
+        for device_type in ("cpu", "cuda")
+        if torch.is_autocast_enabled(device_type)
+    ]
+    settings = (
+        config.vision_config._attn_implementation,
+        config.text_config._attn_implementation,
+        config.feature_layers,
+        config.vision_feature_select_strategy,
+        config.prefusion_rotary,
+        config.masked_attention,
+        str(model.dtype),
+        autocast,
+        torch.get_float32_matmul_precision(),
+    )
+    if cache.folder is not None:
+        # Another process may run another version, or another configuration of the same weights.
+        settings += (
+            torch.__version__,
+            transformers.__version__,
+            model.device.type,
+            config.to_json_string(),
+        )
+    return joined_key(cache.namespace.encode(), repr(settings).encode(), cache.weights_key(*modules))

@@ -1,0 +1,124 @@
+"""Where a processor's detector comes from: a name, the model's own folder, or one that was handed over; loaded once."""
+
+import threading
+from pathlib import Path
+
+from transformers.utils import cached_file
+
+from .detector_backdrop import ObjectDetector
+from .detector_files_backdrop import DETECTOR_FILES, copy_detector
+
+_HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "proxies",
+    "token",
+    "revision",
+    "local_files_only",
+    "subfolder",
+)
+
+
+class DetectorSource:
+    """Loads a detector when it is first needed and keeps it. Loading is thread-safe.
+
+    Args:
+        folder: holds a saved detector, the model's own; None: there is none.
+    """
+
+    def __init__(self, folder: str | None = None):
+        self._folder = folder
+        self._loaded: ObjectDetector | None = None
+        self._loaded_for: tuple | None = None  # name, device and folder of the loaded one
+        self._lock = threading.Lock()
+
+    @property
+    def folder(self) -> str | None:
+        """Where the model's own detector is saved, None without one."""
+        return self._folder
+
+    @property
+    def loaded(self) -> ObjectDetector | None:
+        """The detector in memory, None before the first `load`."""
+        return self._loaded
+
+    def load(self, name: str | None, device: str) -> ObjectDetector:
+        """The detector of a name or path, or, without one, of the model's own folder; loaded unless it is in memory.
+
+        Raises:
+            ValueError: there is neither, or it cannot be used; see `ObjectDetector`.
+            OSError: it cannot be downloaded, or a file of the folder has gone.
+            ImportError: ultralytics is not installed.
+        """
+        wanted = (name, device, self._folder)
+        with self._lock:
+            if self._loaded is None or self._loaded_for != wanted:
+                if name is not None:
+                    self._loaded = ObjectDetector.from_name_or_path(name, device=device)
+                elif self._folder is not None:
+                    self._loaded = ObjectDetector.from_folder(self._folder, device=device)
+                else:
+                    raise ValueError(
+                        "An RGB image must be split, but the processor has no detector: the model's folder holds no "
+                        f"{DETECTOR_FILES[0]}. Set `detector` to the name or path of an ultralytics model "
+                        "(detector='yolov8n.pt'), pass split=False, or pass patch groups (RGBA)."
+                    )
+                self._loaded_for = wanted
+            return self._loaded
+
+    def use(self, detector: ObjectDetector, device: str) -> None:
+        """Uses this detector for images without a detector's name, in place of the folder's own.
+
+        Args:
+            detector: anything with `detect`, `names`, `source` and `save`.
+            device: the processor's `detector_device`, for which the detector counts as loaded.
+        """
+        with self._lock:
+            self._folder = None  # else its weights would be used, and saved, instead
+            self._loaded = detector
+            self._loaded_for = (None, device, None)
+
+    def find(self, pretrained_model_name_or_path, **hub_kwargs) -> None:
+        """Looks for a saved detector beside a processor's configuration: in a folder, on the Hub or in its cache.
+
+        Args:
+            pretrained_model_name_or_path: as in `from_pretrained`.
+            hub_kwargs: those of `from_pretrained`; what does not concern the Hub is ignored.
+        """
+        hub_kwargs = {name: hub_kwargs[name] for name in _HUB_ARGUMENTS if hub_kwargs.get(name) is not None}
+        files = [
+            cached_file(
+                str(pretrained_model_name_or_path),
+                name,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                **hub_kwargs,
+            )
+            for name in DETECTOR_FILES
+        ]
+        self._folder = None if None in files else str(Path(files[0]).parent)
+
+    def save(self, name: str | None, folder) -> list[str]:
+        """Writes the weights of the detector that `load(name, ...)` gives, if they are at hand.
+
+        Args:
+            name: as in `load`; the weights of a name that only ultralytics knows are not at hand.
+            folder: where to.
+
+        Returns:
+            The names of the files that hold the weights in `folder`, [] where there are none.
+        """
+        if name is not None:
+            is_file = Path(name).is_file()
+            return ObjectDetector.from_name_or_path(name).save(folder) if is_file else []
+        if self._folder is not None:
+            if Path(folder).resolve() != Path(self._folder).resolve():
+                copy_detector(self._folder, folder)
+            return list(DETECTOR_FILES)
+        return [] if self._loaded is None else self._loaded.save(folder)
+
+    def twin(self) -> "DetectorSource":
+        """Another source that starts with this one's folder and loaded detector, and changes independently."""
+        twin = DetectorSource(self._folder)
+        twin._loaded, twin._loaded_for = self._loaded, self._loaded_for
+        return twin

@@ -1,0 +1,132 @@
+"""Generation with images: encoded once, fed without what is cached, shared between beams."""
+
+import torch
+from transformers import GenerationMixin
+
+from .group_features_backdrop import group_features
+from .prefill_backdrop import prefill_images, prefill_inputs
+from .prompt_layout_backdrop import PromptBatch, rows_of_groups
+
+
+# Transformers looks for "GenerationMixin" in the names of a model's bases.
+class BackdropGenerationMixin(GenerationMixin):
+    """transformers' generation for a model whose base (`self.model`) is a `BackdropModel`."""
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        pixel_values=None,
+        patch_mask=None,
+        group_kind=None,
+        group_index=None,
+        image_embeds=None,
+        **kwargs,
+    ):
+        """Encodes the images once, at the first step, and feeds the vision tokens that are not cached yet.
+
+        `group_index [G']` (set by beam and multi-sequence expansion) says which group each of the expanded rows'
+        groups is, so that no image is encoded twice. The other arguments are transformers' and `forward`'s.
+        """
+        wants_images = is_first_iteration or not kwargs.get("use_cache", True)
+        if wants_images and pixel_values is not None:
+            encoded = group_features(self.model, pixel_values, patch_mask, group_kind)
+            if group_index is not None:
+                encoded = encoded.select(group_index.tolist())
+            if inputs_embeds is not None:
+                image_embeds = torch.cat(encoded.features) if encoded.features else None
+            else:
+                length = input_ids.shape[1]
+                seen = length - next_sequence_length if next_sequence_length is not None else 0
+                wants_all_states = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
+                prompt = PromptBatch(input_ids, attention_mask, kwargs.get("position_ids"))
+                cached, image_embeds = prefill_images(
+                    self.model, prompt, encoded, past_key_values, seen, load=not wants_all_states
+                )
+                if cached != seen:
+                    next_sequence_length = length - cached
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if wants_images and image_embeds is not None:
+            model_inputs["image_embeds"] = image_embeds
+        return model_inputs
+
+    @torch.no_grad()
+    def prepare_prefill(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        patch_mask: torch.Tensor | None = None,
+        group_kind: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+    ) -> dict:
+        """Inputs for `forward` with everything that the background cache knows already in them.
+
+        For users of `forward` who do not call `generate`: `model(**model.prepare_prefill(**inputs))` gives the logits
+        of the positions that were left to compute, the last ones of the prompt among them, and the filled
+        `past_key_values`. No gradients. With the cache off nothing is left out.
+
+        Args:
+            input_ids: `[B, L]`, padded on the left if at all; the others as in `forward`.
+
+        Returns:
+            `input_ids [B, L - c]`, `position_ids [B, L - c]`, `attention_mask [B, L]`, `image_embeds`,
+            `past_key_values` with the first c positions, `use_cache`.
+
+        Raises:
+            ValueError: the groups do not fit the model or the placeholders.
+        """
+        prompt = PromptBatch(input_ids, attention_mask, position_ids)
+        return prefill_inputs(self.model, prompt, pixel_values, patch_mask, group_kind)
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs
+    ):
+        """Repeats rows for beams or several sequences; their groups follow the rows by index, not by copy."""
+        visual_names = ("pixel_values", "patch_mask", "group_kind", "image_embeds")
+        visual = {name: model_kwargs.pop(name) for name in visual_names if name in model_kwargs}
+        batch = input_ids.shape[0] if input_ids is not None else 0
+        pixel_values, image_embeds = visual.get("pixel_values"), visual.get("image_embeds")
+        if expand_size > 1 and pixel_values is not None:
+            rows = self._rows_for_expansion(input_ids, pixel_values, visual.get("patch_mask"), batch)
+            order = [g for row in rows for _ in range(expand_size) for g in row]
+            visual["group_index"] = torch.tensor(order, device=pixel_values.device)
+        if expand_size > 1 and image_embeds is not None:
+            placeholders = (input_ids == self.config.image_token_id).sum(-1).tolist()
+            parts = image_embeds.split(placeholders)
+            visual["image_embeds"] = torch.cat([part for part in parts for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **model_kwargs,
+        )
+        return input_ids, {**model_kwargs, **visual}
+
+    def _rows_for_expansion(self, input_ids, pixel_values, patch_mask, batch: int) -> list[tuple[int, ...]]:
+        """Which groups belong to which of the `batch` rows."""
+        groups = pixel_values.shape[0]
+        if input_ids is not None and input_ids.shape[1] > 0:
+            if patch_mask is None:
+                tokens = [self.config.num_patches + self.config.extra_tokens_per_group] * groups
+            else:
+                tokens = self.model.tokens_per_group(patch_mask)
+            return rows_of_groups(input_ids, self.config.image_token_id, tokens)
+        if batch == 0 or groups % batch:
+            raise ValueError(
+                f"With inputs_embeds, {groups} groups cannot be told apart over {batch} rows for beams or several "
+                "sequences; pass input_ids."
+            )
+        return [tuple(range(r * groups // batch, (r + 1) * groups // batch)) for r in range(batch)]

@@ -1,0 +1,219 @@
+"""The vision tokens of patch groups: checked, encoded by kind, put in order, and taken from the background cache.
+
+Shapes: `G` groups, `P` patches, `S` image side, `n_g` tokens of group g, `D` text width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .background_cache_backdrop import BackgroundCache
+from .cache_keys_backdrop import content_keys, tokens_context
+from .cache_tiers_backdrop import synchronized_clock
+from .configuration_backdrop import BACKGROUND, OBJECT, BackdropConfig
+from .grouped_vision_backdrop import encode_groups
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class PatchGroups:
+    """Groups that were checked: `pixel_values [G, 3, S, S]`, `patch_mask [G, P]` bool, the kind of each."""
+
+    pixel_values: torch.Tensor
+    patch_mask: torch.Tensor
+    kinds: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def select(self, indices: Sequence[int]) -> "PatchGroups":
+        """Some of the groups, in the order of `indices`."""
+        index = torch.tensor(indices)
+        return PatchGroups(
+            self.pixel_values[index.to(self.pixel_values.device)],
+            self.patch_mask[index.to(self.patch_mask.device)],
+            tuple(self.kinds[g] for g in indices),
+        )
+
+
+@dataclass(frozen=True)
+class EncodedGroups:
+    """Groups as the language model reads them.
+
+    `features`: `G` tensors `[n_g, D]`; `kinds`: of each group; `content_keys`: the background cache's key of each, None
+    for object groups and where the cache is not in use.
+    """
+
+    features: list[torch.Tensor]
+    kinds: tuple[int, ...]
+    content_keys: tuple[bytes | None, ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        """n_g: tokens of each group."""
+        return [feature.shape[0] for feature in self.features]
+
+    def select(self, indices: Sequence[int]) -> "EncodedGroups":
+        """The groups with these indices, one of them several times where beams share it; no tensor is copied."""
+        return EncodedGroups(
+            [self.features[g] for g in indices],
+            tuple(self.kinds[g] for g in indices),
+            tuple(self.content_keys[g] for g in indices),
+        )
+
+
+def group_features(
+    model,
+    pixel_values: torch.Tensor,
+    patch_mask: torch.Tensor | None = None,
+    group_kind: torch.Tensor | None = None,
+) -> EncodedGroups:
+    """Vision tokens of groups, those of backgrounds from the cache where it is in use and has them.
+
+    Args:
+        model: the `BackdropModel`.
+        pixel_values, patch_mask, group_kind: see `BackdropModel.get_image_features`.
+
+    Raises:
+        ValueError: the groups do not fit the model, see `check_groups`.
+    """
+    groups = check_groups(model.config, pixel_values, patch_mask, group_kind)
+    cache = model.cache_in_use
+    if cache is None:
+        features, keys = encode_by_kind(model, groups), [None] * len(groups)
+    else:
+        features, keys = _encode_with_cache(model, groups, cache)
+    if model.config.raster_order:
+        features = in_raster_order(features, groups)
+    return EncodedGroups(features, groups.kinds, tuple(keys))
+
+
+def check_groups(
+    config: BackdropConfig,
+    pixel_values: torch.Tensor,
+    patch_mask: torch.Tensor | None,
+    group_kind: torch.Tensor | None,
+) -> PatchGroups:
+    """The groups with their defaults filled in; see `BackdropModel.get_image_features`.
+
+    Raises:
+        ValueError: a shape or a kind is not the model's, or a group owns no patch.
+    """
+    side, patches = config.vision_config.image_size, config.num_patches
+    if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, side, side):
+        raise ValueError(f"pixel_values is {tuple(pixel_values.shape)}; wanted (groups, 3, {side}, {side}).")
+    groups = pixel_values.shape[0]
+    if patch_mask is None:
+        patch_mask = torch.ones(groups, patches, dtype=torch.bool, device=pixel_values.device)
+    if tuple(patch_mask.shape) != (groups, patches):
+        raise ValueError(f"patch_mask is {tuple(patch_mask.shape)}; wanted ({groups}, {patches}).")
+    patch_mask = patch_mask.bool()
+    if not bool(patch_mask.any(-1).all()):
+        empty = [g for g, owns in enumerate(patch_mask.any(-1).tolist()) if not owns]
+        raise ValueError(f"patch_mask: groups {empty} own no patch; wanted at least one each.")
+    kinds = [BACKGROUND] * groups if group_kind is None else group_kind.tolist()
+    if len(kinds) != groups or not set(kinds) <= {BACKGROUND, OBJECT}:
+        raise ValueError(f"group_kind is {kinds}; wanted {groups} values, 0 (background) or 1 (object).")
+    if OBJECT in kinds and not config.trained_on_groups:
+        logger.warning_once(
+            "This model was not finetuned on patch groups, and an image was split into background and objects: "
+            "answers may be worse than on the whole image. Finetune it with a Backdrop recipe."
+        )
+    return PatchGroups(pixel_values, patch_mask, tuple(kinds))
+
+
+def encode_by_kind(model, groups: PatchGroups) -> list[torch.Tensor]:
+    """Groups through tower and projector, apart by kind only where the kinds have modules of their own.
+
+    Returns:
+        `G` tensors `[n_g, D]`.
+    """
+    config = model.config
+    if not (config.separate_vision_towers or config.separate_projectors):
+        return _encode_alike(model, groups, BACKGROUND)
+    features: list = [None] * len(groups)
+    for kind in sorted(set(groups.kinds)):
+        members = [g for g, other in enumerate(groups.kinds) if other == kind]
+        part = groups if len(members) == len(groups) else groups.select(members)
+        for g, feature in zip(members, _encode_alike(model, part, kind), strict=True):
+            features[g] = feature
+    return features
+
+
+def in_raster_order(features: list[torch.Tensor], groups: PatchGroups) -> list[torch.Tensor]:
+    """Features where each background and the objects behind it have shared their tokens out in the grid's order.
+
+    Both keep their numbers of tokens. Pairs whose patches overlap are two images, and stay as they are.
+    """
+    features = list(features)
+    for g, pair in enumerate(zip(groups.kinds, groups.kinds[1:], strict=False)):
+        masks = groups.patch_mask[g : g + 2]
+        if pair != (BACKGROUND, OBJECT) or bool((masks[0] & masks[1]).any()):
+            continue
+        patches = torch.cat([mask.nonzero().squeeze(-1) for mask in masks])
+        both = torch.cat(features[g : g + 2])
+        count = features[g].shape[0]
+        merged = both[patches.argsort().to(both.device)]
+        features[g], features[g + 1] = merged[:count], merged[count:]
+    return features
+
+
+def _encode_alike(model, groups: PatchGroups, kind: int) -> list[torch.Tensor]:
+    """All groups through the tower and projector of one kind."""
+    config = model.config
+    tower, projector = model.vision_modules(kind)
+    masked = config.masked_attention
+    states = encode_groups(
+        tower,
+        groups.pixel_values,
+        groups.patch_mask if masked else torch.ones_like(groups.patch_mask),
+        config.vision_feature_layer,
+        config.vision_feature_select_strategy,
+    )
+    if not masked:
+        kept = nn.functional.pad(groups.patch_mask, (config.extra_tokens_per_group, 0), value=True)
+        states = [state[mask.to(state.device)] for state, mask in zip(states, kept, strict=True)]
+    return list(projector(torch.cat(states)).split([state.shape[0] for state in states]))
+
+
+def _encode_with_cache(
+    model, groups: PatchGroups, cache: BackgroundCache
+) -> tuple[list[torch.Tensor], list[bytes | None]]:
+    """(features, content keys): backgrounds that the cache lacks are encoded together with the objects, and stored."""
+    device = model.multi_modal_projector.linear_2.weight.device
+    # Offloaded weights are on "meta", where no tensor can be read.
+    devices = [torch.device("cpu") if device.type == "meta" else device]
+    backgrounds = [g for g, kind in enumerate(groups.kinds) if kind == BACKGROUND]
+    hashed = content_keys(groups.pixel_values, groups.patch_mask, backgrounds, tokens_context(model))
+    keys = [hashed.get(g) for g in range(len(groups))]
+    tokens = model.tokens_per_group(groups.patch_mask)
+    known: dict[bytes, torch.Tensor | None] = {}  # None: being encoded
+    to_encode, reused = [], 0
+    for g, key in enumerate(keys):
+        if key is None:
+            to_encode.append(g)
+        elif key in known:  # the same background twice in one batch
+            reused += tokens[g]
+        else:
+            stored = cache.get("tokens", key, devices)
+            known[key] = None if stored is None else stored[0]
+            if stored is None:
+                to_encode.append(g)
+            else:
+                reused += tokens[g]
+    computed = sum(tokens[g] for g in to_encode)
+    encoded: dict[int, torch.Tensor] = {}
+    if to_encode:
+        started = synchronized_clock(device)
+        encoded = dict(zip(to_encode, encode_by_kind(model, groups.select(to_encode)), strict=True))
+        seconds_per_token = (synchronized_clock(device) - started) / computed
+    for g, feature in encoded.items():
+        if keys[g] is not None:
+            known[keys[g]] = feature
+            cache.put("tokens", keys[g], (feature,), seconds_per_token * tokens[g])
+    cache.record_tokens(reused, computed)
+    return [encoded[g] if key is None else known[key] for g, key in enumerate(keys)], keys

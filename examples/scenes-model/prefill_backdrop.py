@@ -1,0 +1,122 @@
+"""The images of a prompt in a prefill: what of them is cached already, and which vision tokens are left to feed."""
+
+import torch
+from transformers import Cache, DynamicCache
+
+from .background_prefix_backdrop import background_prefix
+from .cache_keys_backdrop import prefix_context
+from .group_features_backdrop import EncodedGroups, group_features
+from .prefix_pass_backdrop import load_background_prefix
+from .prefix_rules_backdrop import may_load_prefix
+from .prompt_layout_backdrop import PromptBatch, prompt_rows, rows_of_groups
+
+
+def prefill_images(
+    model,
+    prompt: PromptBatch,
+    encoded: EncodedGroups,
+    past_key_values: Cache | None,
+    cached: int = 0,
+    load: bool = True,
+) -> tuple[int, torch.Tensor | None]:
+    """Loads the prefix of a batch where that may be, and leaves out the vision tokens that are cached then.
+
+    Args:
+        model: the `BackdropModel`.
+        prompt: `L` positions.
+        encoded: the groups of all rows, in order.
+        past_key_values: the cache of this generation, filled where it is empty and a prefix is known.
+        cached: positions that it holds.
+        load: whether a prefix may be loaded.
+
+    Returns:
+        `cached` afterwards, and the vision tokens `[n, D]` of the placeholders from there on, None if there are none.
+
+    Raises:
+        ValueError: the placeholders of a row are not a whole number of groups.
+    """
+    is_image = prompt.input_ids == model.config.image_token_id
+    rows = rows_of_groups(prompt.input_ids, model.config.image_token_id, encoded.lengths)
+    if load and not cached:
+        cached = _load_prefix(model, prompt, rows, encoded, past_key_values)
+    features = _unseen_features(encoded.features, rows, is_image[:, :cached])
+    return cached, torch.cat(features) if features else None
+
+
+def prefill_inputs(
+    model,
+    prompt: PromptBatch,
+    pixel_values: torch.Tensor | None,
+    patch_mask: torch.Tensor | None,
+    group_kind: torch.Tensor | None,
+) -> dict:
+    """Inputs of `forward` for a whole prompt; see `BackdropGenerationMixin.prepare_prefill`."""
+    input_ids, attention_mask, position_ids = prompt.input_ids, prompt.attention_mask, prompt.position_ids
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if position_ids is None:
+        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    position_ids = position_ids.expand(input_ids.shape[0], -1)
+    past_key_values, image_embeds, cached = DynamicCache(config=model.config.text_config), None, 0
+    if pixel_values is not None:
+        encoded = group_features(model, pixel_values, patch_mask, group_kind)
+        prompt = PromptBatch(input_ids, attention_mask, position_ids)
+        cached, image_embeds = prefill_images(model, prompt, encoded, past_key_values)
+    return {
+        "input_ids": input_ids[:, cached:],
+        "attention_mask": attention_mask,
+        "position_ids": position_ids[:, cached:],
+        "image_embeds": image_embeds,
+        "past_key_values": past_key_values,
+        "use_cache": True,
+    }
+
+
+def _load_prefix(
+    model,
+    prompt: PromptBatch,
+    rows: list[tuple[int, ...]],
+    encoded: EncodedGroups,
+    past_key_values: Cache | None,
+) -> int:
+    """Fills an empty cache with what is known of the leading backgrounds; how many positions of each row."""
+    if not may_load_prefix(model, prompt.attention_mask, prompt.position_ids, past_key_values):
+        return 0
+    config, input_ids, position_ids = model.config, prompt.input_ids, prompt.position_ids
+    separators = config.separator_token_ids
+    layout = prompt_rows(
+        prompt,
+        rows,
+        encoded.kinds,
+        encoded.lengths,
+        config.image_token_id,
+        None if separators is None else separators[1],
+    )
+    if position_ids is None:
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+    position_ids = position_ids.expand(input_ids.shape[0], -1)
+    prefix = background_prefix(
+        PromptBatch(input_ids, prompt.attention_mask, position_ids),
+        layout,
+        encoded,
+        config.image_token_id,
+        prefix_context(model),
+    )
+    if prefix is None:
+        return 0
+    load_background_prefix(model, prefix, past_key_values)
+    return prefix.length
+
+
+def _unseen_features(
+    features: list[torch.Tensor], rows: list[tuple[int, ...]], seen_placeholders: torch.Tensor
+) -> list[torch.Tensor]:
+    """Row by row, the vision tokens without those whose placeholders are cached (`seen_placeholders [B, c]` bool)."""
+    unseen = []
+    for groups, seen in zip(rows, seen_placeholders.sum(-1).tolist(), strict=True):
+        for g in groups:
+            skip = min(seen, features[g].shape[0])
+            seen -= skip
+            if skip < features[g].shape[0]:
+                unseen.append(features[g][skip:])
+    return unseen
