@@ -3,6 +3,7 @@
 import re
 
 from peft import LoraConfig
+from torch import nn
 from trl import ModelConfig
 
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
@@ -65,3 +66,14 @@ def check_lora_targets(model: BackdropForConditionalGeneration, targets: list[st
         raise ValueError(
             f"lora_target_modules: {unmatched} matches no module; wanted names such as q_proj or a regular expression."
         )
+
+
+def give_head_a_bias(model: nn.Module) -> None:
+    """Sets the head's bias to None where it has no such attribute; TRL's loss reads it.
+
+    Where some embedding rows train and the head is tied to them, peft wraps the head and passes on its weight but not its
+    bias.
+    """
+    head = model.get_output_embeddings()
+    if not hasattr(head, "bias"):
+        head.bias = None

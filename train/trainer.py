@@ -13,6 +13,7 @@ from trl import SFTTrainer
 
 from backdrop.modeling.configuration_backdrop import BACKGROUND, OBJECT
 
+from .adapters import give_head_a_bias
 from .trainable import TrainableCheck, mask_sharded_gradients, partly_trained_tables
 
 PARTIAL = ".partial"
@@ -37,11 +38,7 @@ class BackdropTrainer(SFTTrainer):
             present = {type(module).__name__ for module in model.modules()}
             model._no_split_modules = {name for name in model._no_split_modules if name in present}
         super().__init__(*args, **kwargs)
-        head = self.model.get_output_embeddings()
-        if not hasattr(head, "bias"):
-            # Where some embedding rows train and the head is tied to them, peft wraps the head and passes on its weight
-            # but not its bias; TRL's loss reads both.
-            head.bias = None
+        give_head_a_bias(self.model)
         self.matching_loss = matching_loss
         # Weight decay would move the frozen embedding rows of tables that train in part.
         self._partly_trained = partly_trained_tables(self.model)

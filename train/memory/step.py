@@ -10,6 +10,7 @@ from trl import SFTConfig
 
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 
+from ..adapters import give_head_a_bias
 from .kernels import is_half
 from .ledger import Ledger
 from .optimizers import BlockwiseAdamW, build_optimizer
@@ -92,9 +93,10 @@ def without_data(model: nn.Module) -> nn.Module:
 
 
 def prepare_for_training(model: nn.Module, training: SFTConfig) -> None:
-    """Does to the model what `SFTTrainer.__init__` and `Trainer.train` do to it."""
+    """Does to the model what `BackdropTrainer.__init__` and `Trainer.train` do to it."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.config.trained_on_groups = True
+    give_head_a_bias(base)
     trl.trainer.utils.add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     model.train()
     if training.activation_checkpointing:
