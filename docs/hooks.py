@@ -199,7 +199,7 @@ def files_page() -> str:
             ):
                 continue
             told = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-            if path.name != "__init__.py" or told:
+            if told:
                 lines.append(f"| `{inside.as_posix()}` | {_cell(told.split(chr(10) + chr(10))[0])} |")
         lines.append("")
     return "\n".join(lines)
