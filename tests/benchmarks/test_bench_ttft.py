@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from paths import ROOT
 
 from backdrop.benchmarks import ttft
 from backdrop.processing.patch_groups_backdrop import patch_staleness
