@@ -1,9 +1,10 @@
 """Pages that mkdocs makes at every build from the code, so that they cannot go stale.
 
-`reference/configuration.md`, `command-line.md`, `recipes.md` and `gateway.md`. The functions that make them return
+`reference/configuration.md`, `command-line.md`, `recipes.md`, `gateway.md`, and `design/files.md`. The functions that make them return
 Markdown and can be called without mkdocs (`tests/docs/test_reference.py` does).
 """
 
+import ast
 import dataclasses
 import inspect
 import re
@@ -14,6 +15,19 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 FOLDERS_OF_RECIPES = ("train/recipes", "experiments/recipes", "experiments/recipes/ladder")
+ROOMS = (
+    "modeling",
+    "processing",
+    "hub_export",
+    "data",
+    "train",
+    "evaluation",
+    "scenes",
+    "experiments",
+    "serving",
+    "benchmarks",
+    "backdrop",
+)
 SECTIONS = ("Fields:", "Attributes:", "Args:")
 
 
@@ -32,7 +46,8 @@ def configuration_page() -> str:
     from backdrop.modeling.configuration_backdrop import BackdropConfig
     from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
     from backdrop.processing.background_matching_backdrop import BackgroundMatcher
-    from backdrop.processing.image_processing_backdrop import BackdropImageProcessor, BackdropImagesKwargs
+    from backdrop.processing.image_options_backdrop import BackdropImagesKwargs
+    from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
     from backdrop.processing.processing_backdrop import BackdropProcessor
 
     config_values = {name: getattr(BackdropConfig, name, None) for name in BackdropConfig.__annotations__}
@@ -120,7 +135,7 @@ def recipes_page() -> str:
 
 def _recipe_options() -> list[str]:
     """What a recipe can say beyond TRL's own options, as a table."""
-    from backdrop.train.sft import BackdropArguments
+    from backdrop.train.arguments import BackdropArguments
 
     told, values = {}, {}
     for field in dataclasses.fields(BackdropArguments):
@@ -164,6 +179,30 @@ def gateway_page() -> str:
             told = {name: told.get(name) or matcher.get(name, "") for name in values}
         told |= {name: f"see `{name}:` below" for name in ("matching", "limits") if name in values}
         lines += [f"## {title}", "", _table({name: told.get(name, "") for name in values}, values), ""]
+    return "\n".join(lines)
+
+
+def files_page() -> str:
+    """The first line of every module's docstring, by room."""
+    lines = [
+        "# Every file in a line",
+        "",
+        "Made from the files' own first lines at every build of this site.",
+        "",
+    ]
+    for room in ROOMS:
+        lines += [f"## `{room}/`", "", "| File | What |", "|---|---|"]
+        for path in sorted((ROOT / room).rglob("*.py")):
+            # The command line's folder has a link to every other room.
+            inside = path.relative_to(ROOT / room)
+            if any(
+                (ROOT / room).joinpath(*inside.parts[:i]).is_symlink() for i in range(1, len(inside.parts))
+            ):
+                continue
+            told = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            if told:
+                lines.append(f"| `{inside.as_posix()}` | {_cell(told.split(chr(10) + chr(10))[0])} |")
+        lines.append("")
     return "\n".join(lines)
 
 
@@ -262,6 +301,7 @@ def _parameter(parameter) -> str:
 
 
 PAGES = {
+    "design/files.md": files_page,
     "reference/configuration.md": configuration_page,
     "reference/command-line.md": command_line_page,
     "reference/recipes.md": recipes_page,

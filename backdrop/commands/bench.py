@@ -225,7 +225,12 @@ def memory(
     run_memory(docs, check)
 
 
-@app.command(**examples("backdrop bench gpu --out runs/gpu --device cpu --shape tiny --parts ttft,breakdown"))
+@app.command(
+    **examples(
+        """backdrop bench gpu --out runs/gpu --device cpu --shape tiny \\
+        --parts ttft,breakdown"""
+    )
+)
 def gpu(
     out: Annotated[Path, typer.Option(help="Folder for gpu.json and gpu.md, written after each part.")],
     device: Annotated[str, typer.Option(help="cuda, cuda:1, or cpu to try the command.")] = "cuda",

@@ -18,11 +18,21 @@ TREE = typer.main.get_command(cli.app)
 PASS_ON = {"train", "lmms-eval"}
 # What makes or moves files and has no figures to print.
 WITHOUT_JSON = {*PASS_ON, "push", "serve", "scenes sheet", "scenes recording"}
-WITHOUT_JSON |= {"bench memory"}  # writes JSON into the folder of --docs
+WITHOUT_JSON |= {"bench memory", "bench gpu"}  # write JSON into the folder of --docs, of --out
+WITHOUT_JSON |= {"results"}  # prints names of pages
 WANTED = {
     *("demo", "split", "ask", "convert", "data", "train", "eval", "lmms-eval", "ladder", "ablate"),
     *("export", "push", "serve", "derive groups", "derive pairs", "derive captions"),
-    *("bench ttft", "bench camera", "bench matching", "bench serving", "bench encode", "bench memory"),
+    *(
+        "bench ttft",
+        "bench camera",
+        "bench matching",
+        "bench serving",
+        "bench encode",
+        "bench memory",
+        "bench gpu",
+        "results",
+    ),
     *("cache stats", "cache prune", "cache verify"),
     *(
         f"scenes {name}"
@@ -135,7 +145,7 @@ def test_train_passes_all_its_arguments_on(monkeypatch, capsys):
     from backdrop.train import sft
 
     seen = []
-    monkeypatch.setattr(sft, "main", seen.append)
+    monkeypatch.setattr(sft, "main", lambda words, recipe_folders: seen.append(words))
     for words in (["--help"], ["--config", "finetune_lora", "--max_steps=2", "--dry_run", "true"], []):
         assert run(monkeypatch, capsys, "train", *words)[0] == 0
         assert seen.pop() == words

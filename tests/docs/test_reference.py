@@ -1,7 +1,7 @@
 """The reference pages say something of every field, option and command."""
 
 import pytest
-from test_tables import load
+from doc_pages import load
 
 hooks = load("hooks")
 
@@ -9,8 +9,8 @@ hooks = load("hooks")
 @pytest.mark.parametrize("name", sorted(hooks.PAGES))
 def test_no_row_is_without_words(name):
     rows = [line for line in hooks.PAGES[name]().splitlines() if line.startswith("| `")]
-    # What an option does; single-letter placeholders and arguments of the same name need none.
-    bare = [row for row in rows if not row.split("|")[3 if "command" not in name else 2].strip()]
+    words = 2 if name in ("reference/command-line.md", "design/files.md") else 3  # the column of what it does
+    bare = [row for row in rows if not row.split("|")[words].strip()]
     assert rows or "recipes" in name
     assert not bare
 
@@ -19,7 +19,7 @@ def test_every_field_of_the_configuration_is_there():
     from transformers.processing_utils import ImagesKwargs
 
     from backdrop.modeling.configuration_backdrop import BackdropConfig
-    from backdrop.processing.image_processing_backdrop import BackdropImagesKwargs
+    from backdrop.processing.image_options_backdrop import BackdropImagesKwargs
 
     page = hooks.configuration_page()
     inherited = {
@@ -52,3 +52,10 @@ def test_every_recipe_begins_with_a_comment():
 def test_a_head_of_commands_becomes_a_block():
     head, body = hooks.split_head("# Words.\n#   backdrop demo\nseed: 1\n")
     assert head == "Words.\n\n```text\nbackdrop demo\n```" and body == "seed: 1"
+
+
+def test_every_file_of_every_room_has_a_line():
+    page = hooks.files_page()
+    for room in hooks.ROOMS:
+        assert f"## `{room}/`" in page
+    assert "| `patch_groups_backdrop.py` |" in page and page.count("`patch_groups_backdrop.py`") == 1

@@ -7,7 +7,7 @@ from paths import ROOT
 
 from backdrop.scenes import exam_report
 
-DOCS = ROOT / "docs"
+RESULTS = ROOT / "docs" / "results"
 COMMITTED = ("scenes-accuracy", "scenes-accuracy-seed1", "smollm2-accuracy")
 
 
@@ -33,13 +33,13 @@ def record(number: int, right: bool) -> dict:
 
 @pytest.mark.parametrize("name", COMMITTED)
 def test_a_committed_table_comes_from_its_json(name):
-    report = json.loads((DOCS / f"{name}.json").read_text())
-    assert exam_report.markdown(report) == (DOCS / f"{name}.md").read_text()
+    report = json.loads((RESULTS / "data" / f"{name}.json").read_text())
+    assert exam_report.markdown(report).strip() in (RESULTS / "accuracy.md").read_text()
 
 
 @pytest.mark.parametrize("name", COMMITTED)
 def test_a_committed_report_holds_what_its_table_needs(name):
-    text = (DOCS / f"{name}.json").read_text()
+    text = (RESULTS / "data" / f"{name}.json").read_text()
     assert len(text) < 40_000 and len(text.splitlines()) < 400
     for form in json.loads(text)["forms"].values():
         assert set(form) <= {"accuracy", "reuse", "differences", "contradicted"}

@@ -1,7 +1,9 @@
 """What a Markdown page holds, for the tests of README and docs: code, links, numbers, headings."""
 
+import importlib.util
 import re
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,3 +88,12 @@ def _words(line: str, comments: bool) -> list[tuple[str, ...]]:
         return []
     ends = [i for i, word in enumerate(words) if word in _END or word in ("...", "…")]
     return [tuple(words[1 : min(ends, default=len(words))])]
+
+
+def load(name: str):
+    """A script of `docs/`, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
