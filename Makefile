@@ -61,7 +61,7 @@ tables: setup ## rewrite the tables of docs/results from their JSON
 	$(BIN)/backdrop results
 
 docs: setup ## the documentation as a site, built strictly, into build/site
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
 format: setup ## rewrite the sources in ruff's format

@@ -6,7 +6,7 @@ from paths import EXAMPLE
 
 from backdrop.evaluation.answering import load
 from backdrop.evaluation.predictions import read_predictions
-from backdrop.scenes import exam
+from backdrop.scenes import exam, exam_report
 
 
 def test_scenes_are_the_same_for_every_form():
@@ -92,7 +92,7 @@ def test_a_stale_background_is_asked_about_where_it_was_taken(exam_run):
     contradicted = [r for r in answered if r["old_answer"] not in (None, r["answers"][0])]
     old = np.mean([r["prediction"] == r["old_answer"] for r in contradicted])
     assert stale["contradicted"]["old_answer_given"]["accuracy"]["value"] == pytest.approx(old)
-    table = exam.markdown(report)
+    table = exam_report.markdown(report)
     assert "| stale |" in table
     assert "the old answer" in table
     assert "/" not in report["models"]["model"]
