@@ -141,11 +141,10 @@ def run_gpu(
 
 
 def _detector_note() -> str:
-    try:
-        import ultralytics
-    except ImportError:
+    version = versions()["ultralytics"]
+    if version == "not installed":
         return "left out: ultralytics is not installed"
-    return f"YOLOv8n (random weights), ultralytics {ultralytics.__version__}"
+    return f"YOLOv8n (random weights), ultralytics {version}"
 
 
 def _free() -> None:

