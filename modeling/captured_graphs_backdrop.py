@@ -103,7 +103,7 @@ class CapturedGraphs:
             _, graph = self._passes.pop(name)
             if graph is not None:
                 graph.reset()
-        if not self._passes:
+        if all(graph is None for _, graph in self._passes.values()):
             self._pool, self.pool_bytes = None, 0  # the last graph has released it
 
     def _captured(self, static: StaticPass) -> torch.cuda.CUDAGraph:
@@ -173,7 +173,8 @@ def capture_refusal(module: nn.Module, device: torch.device, capture: bool = Tru
         return "no CUDA device"
     for part in module.modules():
         # Hooks run Python that a graph would leave out; accelerate replaces `forward` to move weights.
-        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+        hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+        if "forward" in vars(part) or not all(map(_only_collects, hooks)):
             return "hooks"
         if getattr(part, "_compiled_call_impl", None) is not None:
             return "torch.compile"
@@ -188,6 +189,11 @@ def capture_refusal(module: nn.Module, device: torch.device, capture: bool = Tru
             if tensor.device != device:
                 return "several devices"
     return None
+
+
+def _only_collects(hook: Callable) -> bool:
+    """Whether a hook is transformers' own for `output_hidden_states`, which does nothing unless it is asked for."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
 
 
 def calling_refusal(device: torch.device) -> str | None:

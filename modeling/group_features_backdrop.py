@@ -219,7 +219,9 @@ def _encode_with_cache(
     if to_encode:
         started = synchronized_clock(device)
         layers_pass = None
-        if model.compiled_reuse is not None and all(keys[g] is None for g in to_encode):
+        only_objects = all(keys[g] is None for g in to_encode)
+        # The run key is of the background's tower.
+        if model.compiled_reuse is not None and only_objects and not model.config.separate_vision_towers:
             layers_pass = partial(model.compiled_reuse.tower_layers, model, run_key)
         features = encode_by_kind(model, groups.select(to_encode), layers_pass)
         encoded = dict(zip(to_encode, features, strict=True))

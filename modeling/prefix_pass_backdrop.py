@@ -13,8 +13,8 @@ from transformers.cache_utils import DynamicLayer
 
 from .background_prefix_backdrop import BackgroundPrefix, PrefixSegment
 from .cache_tiers_backdrop import Lease, synchronized_clock
-from .captured_reuse_backdrop import ReusedPrefix
 from .prefusion_backdrop import grow_cache
+from .static_passes_backdrop import ReusedPrefix
 
 # Of all layers for one segment, `[1, H, n, d]` each: keys and values of the first layer, of the second, and so on.
 KeysAndValues = tuple[torch.Tensor, ...]
