@@ -9,10 +9,11 @@ Parts, each written to `DIR/gpu.json` as soon as it is there, so that a run that
 - `graphs`: what the layers of a reused answer take when a captured CUDA graph launches them, against Python: how much of the
   time is launching.
 - `memory`: the peak of a LoRA step and of a full step, measured by the allocator, beside the estimate of `train/memory`.
-- `compiled`: the same call with both models through `torch.compile`.
+- `compiled`: reused answers with `model.compile_reuse`, 5 and 15% fresh, beside LLaVA and the plain reuse path.
+- `torch.compile`: both models' layers through `torch.compile`, 15% fresh; its compilation takes minutes.
 
 All weights are random and nothing is downloaded. Without ultralytics the detector is left out of what is timed, and the
-report says so. `--device cpu --shape tiny` runs every part in a minute, to try the command itself.
+report says so. `--device cpu --shape tiny` runs every part in a few minutes (most of them `torch.compile`), to try the command itself.
 """
 
 import contextlib
@@ -38,9 +39,10 @@ from backdrop.processing.processing_backdrop import SEPARATOR_TOKENS
 from . import ttft
 from .breakdown import breakdown
 from .breakdown import render as render_breakdown
+from .captured import captured_parity, captured_rows, render_captured
 from .report import machine, versions, write_atomically, write_json_atomically
 
-PARTS = ("parity", "ttft", "breakdown", "graphs", "memory", "compiled")
+PARTS = ("parity", "ttft", "breakdown", "graphs", "compiled", "memory", "torch.compile")
 BATCHES, FRESH_SHARES = (1, 16), (0.05, 0.15)
 PARITY_FRAMES = 8
 NEW_TOKENS = 12
@@ -107,6 +109,7 @@ def run_gpu(
         "graphs": graphs,
         "memory": memory,
         "compiled": compiled,
+        "torch.compile": torch_compiled,
     }
     for part in parts:
         if run.seconds_left < 0:
@@ -301,6 +304,7 @@ def _cache_parity(llava, shape: ttft.Shape, device: str) -> dict:
     ).to(device, llava.dtype)
     together = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
     together = together[:, batch["input_ids"].shape[1] :].tolist()
+    captured = captured_parity(model, prepared)
     return {
         "answers": len(frames),
         "prefix hits of the last answer": hits,
@@ -319,6 +323,7 @@ def _cache_parity(llava, shape: ttft.Shape, device: str) -> dict:
         "off against hit, largest difference of logits": max(
             _difference(a, b) for a, b in zip(first["off"], first["hit"], strict=True)
         ),
+        **captured,
     }
 
 
@@ -491,6 +496,15 @@ def _cuda_milliseconds(call: Callable[[], object], repeats: int = 20) -> float:
 
 
 def compiled(run: GpuRun) -> None:
+    """Batch 1, reused answers from captured graphs beside LLaVA and the plain reuse path."""
+    rows = run.results.setdefault("compiled", {}).setdefault("rows", [])
+    bench = build_bench(run.shape, run.device, run.dtype)
+    for fresh_share in FRESH_SHARES:
+        rows += captured_rows(bench, fresh_share)
+        run.write()
+
+
+def torch_compiled(run: GpuRun) -> None:
     """Batch 1, 15% fresh, tower and language model of both models through `torch.compile`.
 
     The tower's layers are alike and are compiled once for all of them; a language model's layers name their place in the
@@ -515,9 +529,9 @@ def compiled(run: GpuRun) -> None:
             if repeat >= 2:
                 seconds[mode].append(took)
         if repeat == 1:
-            run.results.setdefault("compiled", {})["warm-up, s"] = round(time.monotonic() - started, 1)
+            run.results.setdefault("torch.compile", {})["warm-up, s"] = round(time.monotonic() - started, 1)
     medians = {mode: float(np.median(values)) for mode, values in seconds.items()}
-    run.results["compiled"] |= {
+    run.results["torch.compile"] |= {
         "median, ms": {mode: 1000 * value for mode, value in medians.items()},
         "ratio": float(np.median(np.divide(seconds["llava"], seconds["tokens+prefix"]))),
         "how": "torch.compile of each tower layer and of the language model, dynamic=False",
@@ -584,7 +598,8 @@ def render_markdown(results: dict) -> str:
         "breakdown": _breakdown_lines,
         "graphs": _graph_lines,
         "memory": _memory_lines,
-        "compiled": _compiled_lines,
+        "compiled": lambda found: render_captured(found.get("rows", [])),
+        "torch.compile": _compiled_lines,
     }
     titles = {
         "parity": "Parity",
@@ -592,7 +607,8 @@ def render_markdown(results: dict) -> str:
         "breakdown": "Where the time goes",
         "graphs": "Layers from a captured graph",
         "memory": "Memory of a training step",
-        "compiled": "Compiled",
+        "compiled": "Reused answers from captured graphs",
+        "torch.compile": "torch.compile",
     }
     for part, render in parts.items():
         found = results.get(part)

@@ -186,10 +186,12 @@ def tower_pass(
 
 
 def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A mask to add to scores: 0 where `allowed`, -inf elsewhere; made once for all layers."""
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
-        ~allowed, float("-inf")
-    )
+    """A mask to add to scores, made once for all layers: 0 where `allowed`, the least number elsewhere.
+
+    Not -inf: a block of keys that are all masked must not become NaN in any kernel.
+    """
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
 def next_multiple(value: int, step: int) -> int:
