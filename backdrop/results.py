@@ -49,7 +49,7 @@ def serving(report: dict) -> str:
 
 
 def gpu(report: dict) -> str:
-    from backdrop.benchmarks.gpu import render_markdown
+    from backdrop.benchmarks.gpu_report import render_markdown
 
     # The page has a title of its own.
     return render_markdown(report).removeprefix("# On a GPU\n\n").replace("## ", "### ")

@@ -238,12 +238,14 @@ def gpu(
         str, typer.Option(help="Shape that is timed: llava-1.5-7b, ..., tiny.")
     ] = "llava-1.5-7b",
     parts: Annotated[
-        str | None, typer.Option(help="parity, ttft, breakdown, graphs, memory, compiled, with commas.")
+        str | None,
+        typer.Option(help="parity, ttft, breakdown, graphs, compiled, memory, torch.compile, with commas."),
     ] = None,
     seconds: Annotated[float, typer.Option(help="No part starts after so long.")] = 460.0,
 ) -> None:
     """Run everything that only a GPU can tell, in at most eight minutes: parity, times, breakdown, memory."""
-    from backdrop.benchmarks.gpu import PARTS, render_markdown, run_gpu
+    from backdrop.benchmarks.gpu import PARTS, run_gpu
+    from backdrop.benchmarks.gpu_report import render_markdown
 
     chosen = PARTS if parts is None else _several(parts, str)
     typer.echo(render_markdown(run_gpu(out, device, shape, chosen, seconds)))
