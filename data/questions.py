@@ -5,6 +5,7 @@ of rows reads a Hub id or local files with the columns of the mirror named there
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from .files import (
@@ -104,9 +105,7 @@ def ocrvqa_files(request: Request) -> Parsed:
             elif _OCRVQA_SPLITS[row["split"]] == wanted:
                 suffix = Path(str(row.get("imageURL"))).suffix
                 names = dict.fromkeys((f"{row_id}{suffix}", f"{row_id}.jpg"))
-                yield from _ocrvqa_questions(
-                    row, row_id, lambda row_id=row_id, names=names: request.image(row_id, *names)
-                )
+                yield from _ocrvqa_questions(row, row_id, partial(request.image, row_id, *names))
 
     return read()
 
@@ -119,9 +118,8 @@ def ocrvqa_rows(request: Request) -> Parsed:
     def read() -> Parsed:
         for row in stored_rows(rows, wanted):
             row_id = str(row["image_id"])
-            yield from _ocrvqa_questions(
-                row, row_id, lambda row=row, row_id=row_id: stored_image(row_id, row["image"], request.images)
-            )
+            read_image = partial(stored_image, row_id, row["image"], request.images)
+            yield from _ocrvqa_questions(row, row_id, read_image)
 
     return read()
 

@@ -149,6 +149,8 @@ class Answerer:
 
     def _alone(self, images) -> PreparedImages:
         matcher, cache = self.processor.background_matching, self.model.background_cache
+        if cache is None:
+            raise RuntimeError(f"the background cache was disabled; wanted it enabled for mode {self.mode!r}.")
         before = matcher.stats() if matcher else None
         groups = self._groups(images)
         seen = cache.stats()
@@ -165,8 +167,8 @@ class Answerer:
             0,
             groups["counts"],
             None,
-            matched=after["matches"] - before["matches"] if matcher else 0,
-            patches_reused=after["patches_reused"] - before["patches_reused"] if matcher else 0,
+            matched=after["matches"] - before["matches"],
+            patches_reused=after["patches_reused"] - before["patches_reused"],
             tokens_reused=reused,
             tokens=reused + computed,
         )

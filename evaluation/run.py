@@ -107,7 +107,15 @@ def _batches(asked: Iterable[ImageQuestions], batch_size: int) -> Iterator[list[
         yield batch
 
 
-def _answer_batch(answerer, batch, predictions, metric, batch_size, done, progress) -> None:
+def _answer_batch(
+    answerer: Answerer,
+    batch: list[ImageQuestions],
+    predictions: Predictions,
+    metric: Metric,
+    batch_size: int,
+    done: Container[str],
+    progress: tqdm,
+) -> None:
     left = [[q for q in image.questions if q.id not in done] for image in batch]
     if answerer.mode in ("llava", "split"):  # nothing is remembered from image to image
         batch = [image for image, questions in zip(batch, left, strict=True) if questions]
@@ -140,7 +148,7 @@ def _answer_batch(answerer, batch, predictions, metric, batch_size, done, progre
 # ---- summary
 
 
-def _counts(metric: Metric, records: list[dict]):
+def _counts(metric: Metric, records: list[dict]) -> np.ndarray:
     return metric.counts([r["prediction"] for r in records], [r["answers"] for r in records])
 
 
@@ -243,8 +251,8 @@ def markdown(summary: dict) -> str:
 
 
 def evaluate_examples(
-    model,
-    processor,
+    model: BackdropForConditionalGeneration,
+    processor: BackdropProcessor,
     examples: Iterable[Example],
     *,
     data: str,

@@ -71,8 +71,9 @@ def _groups(side: int, patch_size: int) -> list:
 
 if __name__ == "__main__":
     # Installed or not, the package cannot be imported from here on: the folders must do without it.
-    sys.modules["backdrop"] = None
-    reports = []
+    modules: dict[str, Any] = sys.modules  # a module that is None there cannot be imported
+    modules["backdrop"] = None
+    reports: list[dict[str, int | str]] = []
     for folder in sys.argv[1:]:
         try:
             reports.append({"tokens": load_and_run(folder)})

@@ -70,6 +70,7 @@ def serve(
 ) -> None:
     """Serve a model over an OpenAI-compatible API: vLLM behind a gateway that splits and matches."""
     from backdrop.serving.engine import Engine
+    from backdrop.serving.engine_settings import EngineSettings
     from backdrop.serving.settings import make_settings, read_settings
     from backdrop.serving.sizing import plan_engines
     from backdrop.serving.tenants import hash_key as hash_of
@@ -89,7 +90,7 @@ def serve(
     settings = make_settings(
         str(config or "options"), **given | {k: v for k, v in values.items() if v is not None}
     )
-    planned = []
+    planned: list[EngineSettings] = []
     if starts:
         planned, size = plan_engines(
             model,
@@ -132,8 +133,9 @@ def _run(settings, engines, host: str, port: int, start_seconds: float) -> None:
 
     async def main() -> None:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, task.cancel)
+        if task is not None:  # always, within asyncio.run
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, task.cancel)
         async with contextlib.AsyncExitStack() as stack:
             for engine in engines:
                 stack.push_async_callback(engine.stop)

@@ -108,17 +108,17 @@ class CocoRows:
     """
 
     def __init__(self, captions: Path, instances: Path, images: Path):
-        captions, instances = (json.loads(Path(path).read_text()) for path in (captions, instances))
-        names = {category["id"]: category["name"] for category in instances["categories"]}
+        captioned, annotated = (json.loads(Path(path).read_text()) for path in (captions, instances))
+        names = {category["id"]: category["name"] for category in annotated["categories"]}
         unknown = sorted(set(names.values()) - set(COCO_CATEGORIES))
         if unknown:
             raise ValueError(f"The instances have categories {unknown}; wanted COCO's 80.")
         self._images = Path(images)
         self._captions: dict[int, list[str]] = defaultdict(list)
-        for annotation in captions["annotations"]:
+        for annotation in captioned["annotations"]:
             self._captions[annotation["image_id"]].append(annotation["caption"])
         self._objects: dict[int, list[dict]] = defaultdict(list)
-        for annotation in instances["annotations"]:
+        for annotation in annotated["annotations"]:
             left, top, width, height = annotation["bbox"]
             self._objects[annotation["image_id"]].append(
                 {
@@ -126,7 +126,7 @@ class CocoRows:
                     "xyxy": [left, top, left + width, top + height],
                 }
             )
-        self._entries = [entry for entry in captions["images"] if entry["id"] in self._captions]
+        self._entries = [entry for entry in captioned["images"] if entry["id"] in self._captions]
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -203,16 +203,18 @@ class EntitiesFormat:
         sentences = [line for line in record["sentences"] if line.strip()]
         root = ElementTree.fromstring(record["annotations"])
         marks = marks_of_things(sentences)
-        boxes, scenes = [], set()
+        boxes: list[Box] = []
+        scenes: set[str] = set()
         for item in root.iter("object"):
-            names = [name.text for name in item.iter("name")]
+            names = [name.text or "" for name in item.iter("name")]
             if (item.findtext("scene") or "0").strip() == "1":
                 scenes.update(names)
             box = item.find("bndbox")
             if box is not None:
-                xyxy = tuple(float(box.findtext(side)) for side in ("xmin", "ymin", "xmax", "ymax"))
+                left, top, right, bottom = (_number(box, side) for side in ("xmin", "ymin", "xmax", "ymax"))
+                xyxy = (left, top, right, bottom)
                 boxes += [Box(name, xyxy, _is_object(marks.get(name, []))) for name in names]
-        size = tuple(int(root.findtext(f"size/{side}")) for side in ("width", "height"))
+        size = (int(_number(root, "size/width")), int(_number(root, "size/height")))
 
         def phrases(place) -> list[list[Phrase]]:
             def place_mark(chain: str, types: list[str]) -> int:
@@ -224,6 +226,13 @@ class EntitiesFormat:
             return [marked_phrases(sentence, place_mark) for sentence in sentences]
 
         return Captioned(size, [unmarked(sentence) for sentence in sentences], phrases, boxes)
+
+
+def _number(element: ElementTree.Element, path: str) -> float:
+    text = element.findtext(path)
+    if text is None:
+        raise ValueError(f"the annotations have no <{path}> in <{element.tag}>")
+    return float(text)
 
 
 def _is_object(marks: list[tuple[list[str], list[str]]]) -> bool:
@@ -285,7 +294,7 @@ class CaptionWork:
         groups = {group.kind: group for group in self.processor.split_groups(pixels, objects)}
         cropped = any(not mask.any() for mask in masks.values())
         if len(groups) == 1 and not cropped:  # all that is said is said of it
-            said = {kind: captioned.captions for kind in groups}
+            said: dict[int, list[str | None]] = {kind: [*captioned.captions] for kind in groups}
         else:
             phrases = captioned.phrases(partial(place_of, masks, groups, self.processor.patch_size))
             said = {kind: [caption_of(found, kind) for found in phrases] for kind in groups}

@@ -112,7 +112,9 @@ class FolderFrames:
     """
 
     def __init__(self, folder: Path):
-        self.scenes, self.orders, self.asked = [], [], []
+        self.scenes: list[str] = []
+        self.orders: list[int] = []
+        self.asked: list[int] = []
         self._paths: list[Path] = []
         self._questions: dict[int, tuple[str, list[dict]]] = {}
         for scene in sorted(path for path in Path(folder).iterdir() if path.is_dir()):
@@ -186,10 +188,11 @@ class PairRows:
     def _other_frame(self, number: int, rng: random.Random) -> int | None:
         orders, scene = self._frames.orders, self._by_scene[self._frames.scenes[number]]
         earlier = bisect_left(scene, orders[number], key=orders.__getitem__)
-        later = (
-            bisect_right(scene, orders[number], key=orders.__getitem__) if self._options.any_order else None
-        )
-        candidates = earlier + (0 if later is None else len(scene) - later)
+        # Without a choice among later frames, they begin behind the last one.
+        later = len(scene)
+        if self._options.any_order:
+            later = bisect_right(scene, orders[number], key=orders.__getitem__)
+        candidates = earlier + len(scene) - later
         if not candidates:
             return None
         drawn = rng.randrange(candidates)
@@ -217,12 +220,13 @@ class PairWork:
             except IMAGE_ERRORS as error:
                 bad.append((row["id"], str(error)))
                 continue
-            matched = report.reference is not None
+            reference = report.reference
+            matched = reference is not None
             counts["matched" if matched else "alone" if row["earlier"] is None else "missed"] += 1
-            if matched:
+            if reference is not None:
                 counts["whole_background"] += row["whole"]
                 counts["reused"] += int((~report.fresh).sum())
-                counts["overridden"] += int((report.fresh & report.reference.patch_mask).sum())
+                counts["overridden"] += int((report.fresh & reference.patch_mask).sum())
                 counts["fresh"] += int(report.fresh.sum())
             if matched or self.options.on_miss == "split":
                 images = [encoded(group, self.processor) for group in groups]

@@ -122,7 +122,7 @@ def full_batch(config: BackdropConfig, training: SFTConfig, length: int, images:
     rows, patches, side = (
         training.per_device_train_batch_size,
         config.num_patches,
-        config.vision_config.image_size,
+        tower_config(config).image_size,
     )
     image_tokens = images * (patches + groups * config.extra_tokens_per_group)
     if length <= image_tokens:
