@@ -81,7 +81,7 @@ class Asker:
         first_token = time.perf_counter() - started
         after = self._counters()
         if self.show is not None:
-            self._draw(name)
+            self._draw(name, self.show)
         # The whole answer, from what the first token left behind: not part of the measured time.
         text = self.pipe(
             text=messages, return_full_text=False, max_new_tokens=max_new_tokens, do_sample=False
@@ -97,14 +97,14 @@ class Asker:
             first_token_s=first_token,
         )
 
-    def _draw(self, name: str) -> None:
+    def _draw(self, name: str, folder: Path) -> None:
         from .reuse_panels import reuse_panel
 
-        self.show.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         patch_size = self.pipe.processor.image_processor.patch_size
         for report in self._reports:
             panel = reuse_panel(report, patch_size, name)
-            panel.save(self.show / f"{self._shown:03d}-{Path(name).stem}.png")
+            panel.save(folder / f"{self._shown:03d}-{Path(name).stem}.png")
             self._shown += 1
 
     def _counters(self) -> tuple[int, int, int]:

@@ -121,11 +121,13 @@ class CameraRun:
     def _check_groups(self, groups, report: MatchReport, index: int) -> None:
         """Checks that what is measured is what the model gets: the reference's background and the fresh patches."""
         reference = report.reference
-        background, fresh = groups[0], np.zeros(self.num_patches, dtype=bool)
+        background = groups[0]
+        fresh: np.ndarray = np.zeros(self.num_patches, dtype=bool)
         for group in groups[1:]:
             fresh |= group.patch_mask
         same = (
-            background.kind == BACKGROUND
+            reference is not None
+            and background.kind == BACKGROUND
             and np.array_equal(background.patch_mask, reference.patch_mask)
             and np.array_equal(background.pixels, reference.pixels)
             and np.array_equal(fresh, report.fresh)

@@ -104,7 +104,7 @@ def backdrop_processor(shape: Shape, detector: PlantedDetector) -> BackdropProce
         crop_size={"height": side, "width": side},
         patch_size=shape.vision["patch_size"],
     )
-    image_processor.set_detector(detector)
+    image_processor.set_detector(detector)  # type: ignore[arg-type]  # it asks for a class, and needs `detect` alone
     return BackdropProcessor(image_processor, build_tokenizer())
 
 

@@ -108,6 +108,8 @@ def stock_llava(model, processor) -> tuple[LlavaForConditionalGeneration, LlavaP
 def make_folders(model: str | None, shape: str | None, folder: Path) -> tuple[Path, Path]:
     """(Backdrop's folder, stock LLaVA's folder)."""
     if shape is None:
+        if model is None:
+            raise ValueError("model and shape are both None; wanted one of the two.")
         pair = load_checkpoint(model)
         backdrop, llava = Path(model), stock_llava(*pair)
     else:

@@ -56,7 +56,7 @@ def run_cell(bench: Bench, batch: int, fresh_share: float, repeats: int) -> list
     shape = SHAPES[bench.shape_name]
     distinct = min(batch, MAX_BACKGROUNDS)
     backgrounds = [background_image(*shape.source, seed=seed) for seed in range(distinct)]
-    nothing = np.zeros(shape.grid**2, dtype=bool)
+    nothing: np.ndarray = np.zeros(shape.grid**2, dtype=bool)
     empty = [Frame(backgrounds[row % distinct], nothing, None) for row in range(batch)]
     names = (*MODES, *(f"miss {mode}" for mode in MATCHED_MODES), "detector")
     seconds: dict[str, list[float]] = {name: [] for name in names}

@@ -16,12 +16,15 @@ from PIL import Image, UnidentifiedImageError
 
 from backdrop.hub_export.checkpoint import ADAPTER_FILES, load_checkpoint
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
+from backdrop.processing.background_matching_backdrop import BackgroundMatcher
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
 MODES = ("llava", "split", "cached", "matched")
 
 
-def load(model: str | Path, device: str = "auto"):
+def load(
+    model: str | Path, device: str = "auto"
+) -> tuple[BackdropForConditionalGeneration, BackdropProcessor]:
     """(model, processor) of a folder or a Hub id; `auto` is a GPU if there is one. On a CPU in float32.
 
     The adapter in a folder is merged into its base.
@@ -150,8 +153,10 @@ class Answerer:
     def _alone(self, images) -> PreparedImages:
         matcher, cache = self.processor.background_matching, self.model.background_cache
         if cache is None:
-            raise RuntimeError(f"the background cache was disabled; wanted it enabled for mode {self.mode!r}.")
-        before = matcher.stats() if matcher else None
+            raise RuntimeError(
+                f"the background cache was disabled; wanted it enabled for mode {self.mode!r}."
+            )
+        before = _matches(matcher)
         groups = self._groups(images)
         seen = cache.stats()
         self._features(groups)  # the cache keeps them
@@ -159,7 +164,7 @@ class Answerer:
         reused, computed = (
             now[name] - seen[name] for name in ("vision_tokens_reused", "vision_tokens_computed")
         )
-        after = matcher.stats() if matcher else None
+        after = _matches(matcher)
         return self._part(
             groups,
             0,
@@ -167,8 +172,8 @@ class Answerer:
             0,
             groups["counts"],
             None,
-            matched=after["matches"] - before["matches"],
-            patches_reused=after["patches_reused"] - before["patches_reused"],
+            matched=after[0] - before[0],
+            patches_reused=after[1] - before[1],
             tokens_reused=reused,
             tokens=reused + computed,
         )
@@ -229,3 +234,11 @@ class Answerer:
             "patch_mask": torch.cat([images.patch_mask for images in prepared]),
             "group_kind": torch.cat([images.group_kind for images in prepared]),
         }
+
+
+def _matches(matcher: BackgroundMatcher | None) -> tuple[int, int]:
+    """Matches so far, and patches taken from them; none without a matcher."""
+    if matcher is None:
+        return 0, 0
+    stats = matcher.stats()
+    return stats["matches"], stats["patches_reused"]

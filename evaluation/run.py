@@ -7,15 +7,18 @@ before again without asking about them, so that references and cache are what th
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from backdrop.data.atomic import write_atomically
 from backdrop.data.rows import BadRows, Example
+from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
+from backdrop.processing.processing_backdrop import BackdropProcessor
 
 from .answering import Answerer, load, open_image
 from .metrics import CONFIDENCE, RESAMPLES, Metric, caption_tokenizer, figures

@@ -6,6 +6,7 @@ Prints a JSON line for each folder: {"tokens": n} for n prompt tokens of the for
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 MAX_MESSAGE = 400  # transformers' errors can list every weight
 

@@ -36,14 +36,17 @@ COLOUR_NAMES = tuple(COLOURS)
 def shade(rgb: RGB, factor: float) -> RGB:
     """The colour mixed with white (factor > 1) or black (factor < 1)."""
     if factor <= 1:
-        return tuple(round(c * factor) for c in rgb)
-    return tuple(round(c + (255 - c) * (factor - 1)) for c in rgb)
+        red, green, blue = (round(c * factor) for c in rgb)
+    else:
+        red, green, blue = (round(c + (255 - c) * (factor - 1)) for c in rgb)
+    return red, green, blue
 
 
 def jitter(rgb: RGB, rng: random.Random, spread: int = 9) -> RGB:
     """The colour a little lighter or darker; its hue hardly moves, so that its name stays right."""
     light = rng.randint(-spread, spread)
-    return tuple(min(255, max(0, c + light + rng.randint(-3, 3))) for c in rgb)
+    red, green, blue = (min(255, max(0, c + light + rng.randint(-3, 3))) for c in rgb)
+    return red, green, blue
 
 
 def ink_on(rgb: RGB) -> RGB:

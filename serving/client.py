@@ -300,7 +300,13 @@ class BackdropClient:
                     yield chunk.choices[0].delta.content
 
     def messages(
-        self, frames: Frames, question: str, *, system: str | None = None, namespace: str = "", match: bool = True
+        self,
+        frames: Frames,
+        question: str,
+        *,
+        system: str | None = None,
+        namespace: str = "",
+        match: bool = True,
     ) -> list[dict]:
         """The messages of a question, to send with another client. Arguments as `ask` takes them."""
         self.connect()
@@ -404,7 +410,13 @@ class AsyncBackdropClient:
                     yield chunk.choices[0].delta.content
 
     async def messages(
-        self, frames: Frames, question: str, *, system: str | None = None, namespace: str = "", match: bool = True
+        self,
+        frames: Frames,
+        question: str,
+        *,
+        system: str | None = None,
+        namespace: str = "",
+        match: bool = True,
     ) -> list[dict]:
         """See `BackdropClient.messages`."""
         await self.connect()

@@ -132,7 +132,9 @@ class FrameSplitter:
         """Loads the detector, which is otherwise loaded when the first image is split."""
         self.processor.load_detector()
 
-    def split(self, frame: Frame | PatchGroup, namespace: str = "", match: bool = True, split: bool = True) -> SplitFrame:
+    def split(
+        self, frame: Frame | PatchGroup, namespace: str = "", match: bool = True, split: bool = True
+    ) -> SplitFrame:
         """The patch groups of a frame.
 
         Args:

@@ -7,7 +7,7 @@ quantisation). The command line overrides it.
 import argparse
 import shutil
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -211,7 +211,7 @@ class RecipeParser(TrlParser):
                 ]
             ),
         ]
-        groups = dict(GROUPS)
+        groups: dict[str, Sequence[str]] = dict(GROUPS)
         groups["TRL's ModelConfig: precision, quantisation, LoRA"] = [
             f.name for f in fields(ModelConfig) if f.name not in USE_INSTEAD
         ]

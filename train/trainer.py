@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ class BackdropTrainer(SFTTrainer):
             language model's own likelihood, without a head that no checkpoint would hold.
         group_kinds: "background" or "object" refuses a batch with groups of the other kind; "any" takes both.
     """
+
+    data_collator: Callable[[list[dict]], dict]
 
     def __init__(self, *args, matching_loss: float = 0.0, group_kinds: str = "any", **kwargs):
         model = kwargs.get("model", args[0] if args else None)

@@ -238,7 +238,9 @@ def _end_with_parent() -> None:
 
 def _make_shard_in_worker(task: tuple) -> tuple[int, dict]:
     if _worker_work is None:
-        raise RuntimeError("no work was made in this process; wanted a worker that `_start_worker` has started.")
+        raise RuntimeError(
+            "no work was made in this process; wanted a worker that `_start_worker` has started."
+        )
     return _make_shard(_worker_work, *task)
 
 

@@ -34,7 +34,7 @@ class PanelLayout:
     unit: str
     gauge_x: int
     window_x: int
-    zones: tuple[str, str, str]
+    zones: tuple[str, ...]  # three, from low to high
     lamp_xs: tuple[int, ...]
     lamp_y: int
 

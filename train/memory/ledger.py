@@ -65,7 +65,12 @@ class Ledger(TorchDispatchMode):
         return result
 
     def _run_fake(
-        self, func: Callable, types: Sequence[type], args: tuple, kwargs: dict[str, Any], given: list[torch.Tensor]
+        self,
+        func: Callable,
+        types: Sequence[type],
+        args: tuple,
+        kwargs: dict[str, Any],
+        given: list[torch.Tensor],
     ) -> Any:
         if func in _INDEXING:
             args = (args[0], _positions(args[1]), *args[2:])
@@ -74,7 +79,12 @@ class Ledger(TorchDispatchMode):
         return self.fakes.__torch_dispatch__(func, types, args, kwargs)
 
     def _run_real(
-        self, func: Callable, types: Sequence[type], args: tuple, kwargs: dict[str, Any], given: list[torch.Tensor]
+        self,
+        func: Callable,
+        types: Sequence[type],
+        args: tuple,
+        kwargs: dict[str, Any],
+        given: list[torch.Tensor],
     ) -> Any:
         if not given:
             made = self.fakes.__torch_dispatch__(func, types, args, kwargs)

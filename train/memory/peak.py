@@ -10,6 +10,7 @@ import contextlib
 import copy
 import math
 import re
+from collections.abc import Sequence
 
 import torch
 from peft import get_peft_model

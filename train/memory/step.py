@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from trl import SFTConfig
 
+from backdrop.hub_export.checkpoint import tower_config
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 
 from .kernels import is_half
