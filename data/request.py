@@ -26,10 +26,12 @@ class Request:
 
     @property
     def path(self) -> Path:
+        """The source as a path."""
         return Path(self.source)
 
     @property
     def folder(self) -> Path:
+        """The folder that the source's files lie in."""
         return self.path.parent if self.path.is_file() else self.path
 
     @property

@@ -72,9 +72,11 @@ class BackdropHarnessModel(lmms):
         return answers
 
     def generate_until_multi_round(self, requests):
+        """Refused: Backdrop answers single rounds only."""
         raise NotImplementedError("Backdrop's harness model answers single rounds only.")
 
     def loglikelihood(self, requests):
+        """Refused: Backdrop generates, and scores no given answers."""
         raise NotImplementedError(
             "Backdrop's harness model generates only; choose tasks of type generate_until."
         )

@@ -51,10 +51,12 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """The changes as `axis=value`, comma-separated; `BASE` without any."""
         return ", ".join(f"{axis}={value}" for axis, value in self.changes.items()) or BASE
 
     @property
     def folder(self) -> str:
+        """The name, as a folder may be called."""
         return self.name.replace(", ", "+").replace("/", "_").replace(" ", "_")
 
 

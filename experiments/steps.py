@@ -73,6 +73,7 @@ class SceneScore:
 
     @property
     def metric(self) -> Metric:
+        """The metric that its questions are scored by: exact match."""
         return METRICS["exact"]
 
     def records(self, model: Path, folder: Path) -> dict[str, list[dict]]:
@@ -119,6 +120,7 @@ class DataScore:
 
     @property
     def metric(self) -> Metric:
+        """The dataset's own metric."""
         return task(self.data).metric
 
     def records(self, model: Path, folder: Path) -> dict[str, list[dict]]:

@@ -61,6 +61,7 @@ class SceneArrays:
         return len(self.pixels)
 
     def first(self, count: int) -> SceneArrays:
+        """The first `count` scenes, as views."""
         labels = {head: label[:count] for head, label in self.labels.items()}
         return SceneArrays(self.pixels[:count], self.object_patches[:, :count], labels)
 

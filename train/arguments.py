@@ -192,6 +192,7 @@ class RecipeParser(TrlParser):
         self.folders = tuple(folders)
 
     def format_help(self) -> str:
+        """The help page: our own options first, in groups, then TRL's."""
         # Of a switch there are two, --train and --no_train; the first is the one to show.
         actions: dict[str, argparse.Action] = {}
         for action in self._actions:

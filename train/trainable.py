@@ -215,6 +215,7 @@ class TrainableCheck(TrainerCallback):
         self._stepped = False
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Notes the frozen values, and watches for gradients of what trains."""
         self._frozen = dict(_frozen_values(model))
         self._waiting = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # DeepSpeed clears gradients before `on_pre_optimizer_step` is called, so hooks note that they were there.
@@ -224,6 +225,7 @@ class TrainableCheck(TrainerCallback):
         ]
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """Raises a `ValueError` for parameters that were asked for and have no gradient."""
         if not self._waiting:
             return
         without = [n for n, p in self._waiting.items() if n not in self._reached and p.grad is None]
@@ -246,6 +248,7 @@ class TrainableCheck(TrainerCallback):
         return (OBJECT if "object_" in name else BACKGROUND) in self.kinds
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
+        """After the first step: raises a `ValueError` for frozen parameters that moved."""
         if self._stepped:
             return
         self._stepped = True

@@ -54,9 +54,11 @@ class BackdropTrainer(SFTTrainer):
             self.data_collator = MismatchCollator(self.data_collator)
 
     def get_decay_parameter_names(self, model) -> list[str]:
+        """Names of the parameters that weight decay applies to: not tables that train in part."""
         return [name for name in super().get_decay_parameter_names(model) if name not in self._partly_trained]
 
     def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+        """One step as TRL makes it; tells `TrainableCheck` the batch's group kinds."""
         kinds = set(inputs["group_kind"].tolist()) if inputs.get("group_kind") is not None else set()
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TrainableCheck):
@@ -104,6 +106,7 @@ class BackdropTrainer(SFTTrainer):
     # ---- losses
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's loss, plus the matching loss where the batch holds `mismatched`."""
         mismatched = inputs.pop("mismatched", None)
         labels = inputs.get("labels")
         own_inputs = dict(inputs)
@@ -144,6 +147,7 @@ class MismatchCollator:
     collator: Any
 
     def __call__(self, examples: list[dict]) -> dict:
+        """The batch with `mismatched`; a `ValueError` for a batch of one example."""
         if len(examples) < 2:
             raise ValueError(
                 f"matching_loss compares examples of a batch, and this one has {len(examples)}; wanted a batch size of 2 or "
@@ -166,6 +170,7 @@ class KindCollator:
     kind: str
 
     def __call__(self, examples: list[dict]) -> dict:
+        """The batch; a `ValueError` where a group is of another kind."""
         batch = self.collator(examples)
         found = set(batch["group_kind"].tolist()) if "group_kind" in batch else set()
         if not found <= GROUP_KINDS[self.kind]:

@@ -35,6 +35,7 @@ class CommandWithExamples(TyperCommand):
     """Prints its epilog line by line below the help; typer would join the lines, and they could not be pasted."""
 
     def format_help(self, ctx, formatter) -> None:
+        """Prints the help page and the examples below it."""
         examples, self.epilog = self.epilog, None
         try:
             super().format_help(ctx, formatter)

@@ -94,7 +94,9 @@ class Captioned:
 class CaptionFormat(Protocol):
     """Reads the records of one dataset; made in each worker process."""
 
-    def read(self, record: dict) -> Captioned: ...
+    def read(self, record: dict) -> Captioned:
+        """An image's captions, phrases and boxes."""
+        ...
 
 
 # ---- COCO
@@ -151,6 +153,7 @@ class CocoFormat:
         self._pipeline = load_pipeline(pipeline)
 
     def read(self, record: dict) -> Captioned:
+        """An image's captions and boxes; the phrases come from the pipeline."""
         captions = [" ".join(caption.split()) for caption in record["captions"]]
         boxes = [Box(item["name"], tuple(item["xyxy"]), True) for item in record["objects"]]
 
@@ -200,6 +203,7 @@ class EntitiesFormat:
     """Flickr30k Entities: phrases are marked, and name boxes."""
 
     def read(self, record: dict) -> Captioned:
+        """An image's captions and boxes; raises a `ValueError` for annotations that lack a number."""
         sentences = [line for line in record["sentences"] if line.strip()]
         root = ElementTree.fromstring(record["annotations"])
         marks = marks_of_things(sentences)
@@ -262,6 +266,7 @@ class CaptionWork:
         self.seed = seed
 
     def __call__(self, first: int, records: list[dict]) -> Shard:
+        """The rows of a run of records; those whose image cannot be read are named in the shard."""
         shard = Shard({split: [] for split in SPLITS}, [], dict.fromkeys(("captions", *SPLITS), 0))
         for record in records:
             try:

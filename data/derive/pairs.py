@@ -97,9 +97,11 @@ class DatasetFrames:
         self.asked = list(range(len(rows)))
 
     def images(self, number: int) -> list[dict]:
+        """The row's images, undecoded."""
         return self._rows[number : number + 1][0]["images"]
 
     def question(self, number: int) -> tuple[str, list[dict]]:
+        """The row's id and messages."""
         row = self._rows[number : number + 1][0]
         return row["id"], row["messages"]
 
@@ -143,9 +145,11 @@ class FolderFrames:
             self.asked.append(number)
 
     def images(self, number: int) -> list[dict]:
+        """The frame's file, undecoded."""
         return [{"bytes": None, "path": str(self._paths[number])}]
 
     def question(self, number: int) -> tuple[str, list[dict]]:
+        """Id and messages that the metadata gives the frame."""
         return self._questions[number]
 
 
@@ -210,6 +214,7 @@ class PairWork:
         self.matcher.observer = self._reports.append
 
     def __call__(self, first: int, rows: list[dict]) -> Shard:
+        """The rows' pairs, and counts of what the matcher did; rows with an unreadable image are named in the shard."""
         made, bad = [], []
         counts = dict.fromkeys(
             ("matched", "missed", "alone", "whole_background", "reused", "overridden", "fresh"), 0
