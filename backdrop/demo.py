@@ -11,6 +11,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from backdrop.processing.matches_backdrop import MatchReport
+
 CACHE_BYTES = 256 * 2**20
 
 
@@ -50,10 +52,10 @@ class Asker:
             matcher = self.pipe.processor.enable_background_matching(tolerance=tolerance)
             matcher.observer = self._hear
         self.show = show
-        self._reports: list = []
+        self._reports: list[MatchReport] = []
         self._shown = 0
 
-    def _hear(self, report) -> None:
+    def _hear(self, report: MatchReport) -> None:
         self._reports.append(report)
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.matches_backdrop import MatchReport
-from backdrop.processing.patch_groups_backdrop import BACKGROUND
+from backdrop.processing.patch_groups_backdrop import BACKGROUND, PatchGroup
 from backdrop.processing.staleness_backdrop import patch_staleness
 
 from .camera_maps import MapsWriter
@@ -118,7 +118,7 @@ class CameraRun:
         self._rows.extend(array("d", (*row, match_ms)))
         return report
 
-    def _check_groups(self, groups, report: MatchReport, index: int) -> None:
+    def _check_groups(self, groups: list[PatchGroup], report: MatchReport, index: int) -> None:
         """Checks that what is measured is what the model gets: the reference's background and the fresh patches."""
         reference = report.reference
         background = groups[0]

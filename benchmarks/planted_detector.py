@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class PlantedDetector:
         """The images of the next call to `detect`, in order."""
         self._boxes = [frame.box for frame in frames]
 
-    def detect(self, images: Sequence[np.ndarray], **options) -> list[Detections]:
+    def detect(self, images: Sequence[np.ndarray], **options: Any) -> list[Detections]:
         """As `ObjectDetector.detect`."""
         self._detector.detect(images, **options)
         if len(images) != len(self._boxes):

@@ -206,7 +206,14 @@ def _command() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def _check(shapes, batches, fresh_shares, repeats, device, dtype) -> None:
+def _check(
+    shapes: Sequence[str],
+    batches: Sequence[int],
+    fresh_shares: Sequence[float],
+    repeats: int,
+    device: str,
+    dtype: str,
+) -> None:
     for name in shapes:
         if name not in SHAPES:
             raise ValueError(f"shape is {name!r}; wanted one of {', '.join(SHAPES)}.")

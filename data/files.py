@@ -7,6 +7,7 @@ import csv
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import ijson
 from datasets import (
@@ -216,7 +217,7 @@ def stored_rows(rows: Dataset | IterableDataset, names: list[str]) -> Iterator[d
             yield features.decode_example(row)
 
 
-def _undecoded(feature):
+def _undecoded(feature: Any) -> Any:
     if isinstance(feature, List):
         return List(_undecoded(feature.feature))
     return Image(decode=False) if isinstance(feature, Image) else feature

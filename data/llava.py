@@ -37,7 +37,7 @@ def llava_files(pattern: str) -> Callable[[Request], Parsed]:
         """A JSON array of `{"id", "image"?, "conversations"}`; `image` is relative to the images' folder."""
         choose_split(request.split, ["train"], request.source)
 
-        def find_image(row_id, name):
+        def find_image(row_id: str, name: object) -> dict:
             return request.image(row_id, checked_text(row_id, "image", name))
 
         return parsed(json_items(request.file(pattern)), lambda row: llava_example(row, find_image))
@@ -60,7 +60,7 @@ def llava_rows(hub_name: str, repos: tuple[str, ...]) -> Callable[[Request], Par
             return llava_files(hub_name)(replace(request, source=str(path)))
         wanted = ["id", "image", "conversations"]
 
-        def find_image(row_id, value):
+        def find_image(row_id: str, value: object) -> dict:
             return stored_image(row_id, value, request.images or request.folder)
 
         return parsed(stored_rows(request.open(wanted), wanted), lambda row: llava_example(row, find_image))

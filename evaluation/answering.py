@@ -139,7 +139,7 @@ class Answerer:
         new = out[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 
-    def _together(self, conversations) -> list[PreparedImages]:
+    def _together(self, conversations: Sequence[Sequence[Image.Image]]) -> list[PreparedImages]:
         groups = self._groups([image for images in conversations for image in images])
         features = self._features(groups) if groups["counts"] else []
         parts, first, image = [], 0, 0
@@ -150,7 +150,7 @@ class Answerer:
             first, image = last, image + len(images)
         return parts
 
-    def _alone(self, images) -> PreparedImages:
+    def _alone(self, images: Sequence[Image.Image]) -> PreparedImages:
         matcher, cache = self.processor.background_matching, self.model.background_cache
         if cache is None:
             raise RuntimeError(
@@ -178,7 +178,7 @@ class Answerer:
             tokens=reused + computed,
         )
 
-    def _groups(self, images) -> dict:
+    def _groups(self, images: Sequence[Image.Image]) -> dict:
         if not images:
             raise ValueError("A question has no image; wanted one or more.")
         whole = {"split": False} if self.mode == "llava" else {}
@@ -186,7 +186,7 @@ class Answerer:
         expansions = [self.processor.replace_image_token(found, image_idx=i) for i in range(len(images))]
         return {**found, "counts": found["groups_per_image"].tolist(), "expansions": expansions}
 
-    def _features(self, groups) -> list[torch.Tensor]:
+    def _features(self, groups: dict) -> list[torch.Tensor]:
         device, dtype = self.model.device, self.model.dtype
         return self.model.get_image_features(
             groups["pixel_values"].to(device, dtype),
@@ -195,7 +195,16 @@ class Answerer:
             return_dict=True,
         ).pooler_output
 
-    def _part(self, groups, first, last, image, counts, features, **reuse) -> PreparedImages:
+    def _part(
+        self,
+        groups: dict,
+        first: int,
+        last: int,
+        image: int,
+        counts: list[int],
+        features: torch.Tensor | None,
+        **reuse: int,
+    ) -> PreparedImages:
         """Groups `first` to `last`, which are those of `len(counts)` images from number `image` on."""
         patch_mask = groups["patch_mask"][first:last]
         none = {"matched": 0, "patches_reused": 0, "tokens_reused": 0}

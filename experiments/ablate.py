@@ -77,7 +77,7 @@ class Matrix:
     design: str = "one_at_a_time"
     seeds: list[int] = field(default_factory=lambda: [0])
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.design not in DESIGNS:
             raise ValueError(f"design is {self.design!r}; wanted one of {', '.join(DESIGNS)}.")
         if not self.axes or not self.seeds:

@@ -66,7 +66,7 @@ class SceneScore:
     images_last: bool = False
     loaded: dict = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         unknown = sorted(set(self.forms) - set(FORMS))
         if unknown or not self.forms:
             raise ValueError(f"score.forms has {unknown or 'no form'}; wanted some of {', '.join(FORMS)}.")

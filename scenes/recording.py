@@ -37,7 +37,7 @@ class _MovingThing:
 
 
 def write_recording(
-    path,
+    path: str | Path,
     frames: int,
     seed: int,
     size: tuple[int, int] = (640, 480),

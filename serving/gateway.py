@@ -19,10 +19,12 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import httpx
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -281,11 +283,11 @@ class Gateway:
             raise ApiError(503, "no replica is up", "no_replica", self.settings.health_seconds)
         return self.model
 
-    def _in_thread(self, function: Callable, *arguments) -> asyncio.Future:
+    def _in_thread(self, function: Callable, *arguments: Any) -> asyncio.Future:
         return asyncio.get_running_loop().run_in_executor(self.workers, partial(function, *arguments))
 
 
-async def _not_found(request: Request, error) -> Response:
+async def _not_found(request: Request, error: HTTPException) -> Response:
     return refusal(
         ApiError(
             error.status_code,
@@ -295,6 +297,6 @@ async def _not_found(request: Request, error) -> Response:
     )
 
 
-def make_app(settings: GatewaySettings, **parts) -> Starlette:
+def make_app(settings: GatewaySettings, **parts: Any) -> Starlette:
     """The gateway as an ASGI application; `parts` are `Gateway`'s other arguments."""
     return Gateway(settings, **parts).app()

@@ -33,7 +33,9 @@ class BackdropTrainer(SFTTrainer):
 
     data_collator: Callable[[list[dict]], dict]
 
-    def __init__(self, *args, matching_loss: float = 0.0, group_kinds: str = "any", **kwargs):
+    def __init__(
+        self, *args: Any, matching_loss: float = 0.0, group_kinds: str = "any", **kwargs: Any
+    ) -> None:
         model = kwargs.get("model", args[0] if args else None)
         if isinstance(model, nn.Module):
             # FSDP refuses to wrap by a class of layers that the model does not have, such as another tower's.
@@ -53,11 +55,11 @@ class BackdropTrainer(SFTTrainer):
         if matching_loss:
             self.data_collator = MismatchCollator(self.data_collator)
 
-    def get_decay_parameter_names(self, model) -> list[str]:
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters that weight decay applies to: not tables that train in part."""
         return [name for name in super().get_decay_parameter_names(model) if name not in self._partly_trained]
 
-    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One step as TRL makes it; tells `TrainableCheck` the batch's group kinds."""
         kinds = set(inputs["group_kind"].tolist()) if inputs.get("group_kind") is not None else set()
         for callback in self.callback_handler.callbacks:
@@ -69,13 +71,13 @@ class BackdropTrainer(SFTTrainer):
 
     # ---- whole checkpoints
 
-    def _get_output_dir(self, trial) -> str:
+    def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, PARTIAL) if self._is_saving else folder
 
     _is_saving = False
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes the checkpoint beside its place and renames it into it once every process has written its part."""
         folder = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -105,7 +107,13 @@ class BackdropTrainer(SFTTrainer):
 
     # ---- losses
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """TRL's loss, plus the matching loss where the batch holds `mismatched`."""
         mismatched = inputs.pop("mismatched", None)
         labels = inputs.get("labels")

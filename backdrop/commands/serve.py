@@ -4,11 +4,16 @@ import contextlib
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .options import examples, known_model
+
+if TYPE_CHECKING:
+    from backdrop.serving.engine import Engine
+    from backdrop.serving.engine_settings import EngineSettings
+    from backdrop.serving.settings import GatewaySettings
 
 EXAMPLE = examples(
     "make serve-setup",
@@ -70,7 +75,6 @@ def serve(
 ) -> None:
     """Serve a model over an OpenAI-compatible API: vLLM behind a gateway that splits and matches."""
     from backdrop.serving.engine import Engine
-    from backdrop.serving.engine_settings import EngineSettings
     from backdrop.serving.settings import make_settings, read_settings
     from backdrop.serving.sizing import plan_engines
     from backdrop.serving.tenants import hash_key as hash_of
@@ -115,7 +119,9 @@ def serve(
     _run(settings, engines, host, port, start_seconds)
 
 
-def _run(settings, engines, host: str, port: int, start_seconds: float) -> None:
+def _run(
+    settings: "GatewaySettings", engines: "list[Engine]", host: str, port: int, start_seconds: float
+) -> None:
     import asyncio
     import logging
     import signal

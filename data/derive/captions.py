@@ -157,7 +157,7 @@ class CocoFormat:
         captions = [" ".join(caption.split()) for caption in record["captions"]]
         boxes = [Box(item["name"], tuple(item["xyxy"]), True) for item in record["objects"]]
 
-        def phrases(place) -> list[list[Phrase]]:
+        def phrases(place: Callable[[frozenset[str]], int | None]) -> list[list[Phrase]]:
             return [parsed_phrases(doc, place) for doc in self._pipeline.pipe(captions)]
 
         return Captioned(tuple(record["size"]), captions, phrases, boxes)
@@ -220,7 +220,7 @@ class EntitiesFormat:
                 boxes += [Box(name, xyxy, _is_object(marks.get(name, []))) for name in names]
         size = (int(_number(root, "size/width")), int(_number(root, "size/height")))
 
-        def phrases(place) -> list[list[Phrase]]:
+        def phrases(place: Callable[[frozenset[str]], int | None]) -> list[list[Phrase]]:
             def place_mark(chain: str, types: list[str]) -> int:
                 placed = place(frozenset([chain]))
                 if placed is not None:

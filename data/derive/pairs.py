@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from datasets import Dataset
+from PIL import Image
 
 from backdrop.processing.matches_backdrop import MatchReport
 from backdrop.processing.patch_groups_backdrop import PatchGroup
@@ -54,7 +55,7 @@ class PairOptions:
     whole_background: float = 0.0
     on_miss: str = "split"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.whole_background <= 1:
             raise ValueError(f"whole_background is {self.whole_background}; wanted a share from 0 to 1.")
         if self.on_miss not in ("split", "drop"):
@@ -254,7 +255,7 @@ class PairWork:
         return groups, self._reports[-1]
 
 
-def _frame(images: list[dict]):
+def _frame(images: list[dict]) -> Image.Image:
     """The picture of a frame."""
     if len(images) != 1:
         raise ValueError(f"a frame has {len(images)} images; wanted one")

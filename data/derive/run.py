@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 
 from backdrop.data.load import load_rows
 from backdrop.data.rows import BadRows
@@ -143,7 +143,7 @@ def _derive(source: Source, recipe: Recipe, options: DeriveOptions) -> dict:
     return record
 
 
-def _load(name: str, split: str):
+def _load(name: str, split: str) -> Dataset:
     return load_rows("rows", name, split=split, check_images=False)[0]
 
 

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -186,7 +186,9 @@ def _note_bad(bad_rows: BadRows, found: list) -> None:
 # ---- processes
 
 
-def _in_this_process(tasks, make_work: Callable[[], Work], workers: int) -> Iterator[tuple[int, dict]]:
+def _in_this_process(
+    tasks: Iterable[tuple], make_work: Callable[[], Work], workers: int
+) -> Iterator[tuple[int, dict]]:
     work = None
     with _one_torch_thread():
         for task in tasks:
@@ -194,7 +196,9 @@ def _in_this_process(tasks, make_work: Callable[[], Work], workers: int) -> Iter
             yield _make_shard(work, *task)
 
 
-def _in_workers(tasks, make_work: Callable[[], Work], workers: int) -> Iterator[tuple[int, dict]]:
+def _in_workers(
+    tasks: Iterable[tuple], make_work: Callable[[], Work], workers: int
+) -> Iterator[tuple[int, dict]]:
     # Spawned: a fork of a process whose torch threads have run may hang.
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(make_work,)
