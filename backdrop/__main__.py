@@ -1,3 +1,5 @@
+"""`python -m backdrop`: the command line."""
+
 from .cli import main
 
 main()

@@ -93,8 +93,9 @@ def main() -> None:
     except Exception as error:
         if _debug:
             raise
-        usage = hasattr(error, "format_message")
-        message = " ".join((error.format_message() if usage else str(error)).split())
+        format_message = getattr(error, "format_message", None)  # of an error in how the command was called
+        usage = format_message is not None
+        message = " ".join((str(error) if format_message is None else format_message()).split())
         if message or not usage:  # without arguments the help was printed already
             typer.echo(f"backdrop: {message or type(error).__name__}", err=True)
         sys.exit(2 if usage else 1)

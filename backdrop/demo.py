@@ -11,6 +11,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from backdrop.processing.matches_backdrop import MatchReport
+
 CACHE_BYTES = 256 * 2**20
 
 
@@ -50,10 +52,10 @@ class Asker:
             matcher = self.pipe.processor.enable_background_matching(tolerance=tolerance)
             matcher.observer = self._hear
         self.show = show
-        self._reports: list = []
+        self._reports: list[MatchReport] = []
         self._shown = 0
 
-    def _hear(self, report) -> None:
+    def _hear(self, report: MatchReport) -> None:
         self._reports.append(report)
 
     def close(self) -> None:
@@ -81,7 +83,7 @@ class Asker:
         first_token = time.perf_counter() - started
         after = self._counters()
         if self.show is not None:
-            self._draw(name)
+            self._draw(name, self.show)
         # The whole answer, from what the first token left behind: not part of the measured time.
         text = self.pipe(
             text=messages, return_full_text=False, max_new_tokens=max_new_tokens, do_sample=False
@@ -97,14 +99,14 @@ class Asker:
             first_token_s=first_token,
         )
 
-    def _draw(self, name: str) -> None:
+    def _draw(self, name: str, folder: Path) -> None:
         from .reuse_panels import reuse_panel
 
-        self.show.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         patch_size = self.pipe.processor.image_processor.patch_size
         for report in self._reports:
             panel = reuse_panel(report, patch_size, name)
-            panel.save(self.show / f"{self._shown:03d}-{Path(name).stem}.png")
+            panel.save(folder / f"{self._shown:03d}-{Path(name).stem}.png")
             self._shown += 1
 
     def _counters(self) -> tuple[int, int, int]:

@@ -150,7 +150,7 @@ def _enlarged(array: np.ndarray, side: int) -> Image.Image:
 
 def _tinted(image: np.ndarray, where: np.ndarray, color: tuple[int, int, int], strength: float) -> np.ndarray:
     """uint8 `[H, W, 3]` with `color` laid over the pixels of `where`, bool `[H, W]`."""
-    mixed = image.astype(np.float32)
+    mixed: np.ndarray = image.astype(np.float32)
     mixed[where] = (1 - strength) * mixed[where] + strength * np.asarray(color, dtype=np.float32)
     return mixed.round().astype(np.uint8)
 
@@ -205,15 +205,16 @@ def _patch_panel(row: PanelRow, seen: Image.Image) -> tuple[Image.Image, str]:
     for kind, patches in row.groups:
         owned[kind] |= patches.reshape(grid, grid)
     background, objects = owned["background"], owned["object"]
-    detected = row.pixel_mask[: grid * row.patch_size, : grid * row.patch_size]
-    detected = detected.reshape(grid, row.patch_size, grid, row.patch_size).any(axis=(1, 3))
+    seen_pixels = row.pixel_mask[: grid * row.patch_size, : grid * row.patch_size]
+    detected = seen_pixels.reshape(grid, row.patch_size, grid, row.patch_size).any(axis=(1, 3))
     by_margin = objects & ~detected
 
     # Colour over grey: an image's own blue or orange would read as a group.
     grey = np.asarray(seen.convert("L").point(lambda value: 128 + value // 2).convert("RGB"))
     canvas = _tinted(grey, np.ones(grey.shape[:2], dtype=bool), _UNOWNED, 0.75)
     y, x = np.mgrid[:cell, :cell]
-    upper, whole = x + y < cell, np.ones((cell, cell), dtype=bool)
+    upper = x + y < cell
+    whole: np.ndarray = np.ones((cell, cell), dtype=bool)
     extent = grid * cell
     for row_index, column in np.ndindex(grid, grid):
         place = (slice(row_index * cell, (row_index + 1) * cell), slice(column * cell, (column + 1) * cell))

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.matches_backdrop import MatchReport
-from backdrop.processing.patch_groups_backdrop import BACKGROUND
+from backdrop.processing.patch_groups_backdrop import BACKGROUND, PatchGroup
 from backdrop.processing.staleness_backdrop import patch_staleness
 
 from .camera_maps import MapsWriter
@@ -118,14 +118,16 @@ class CameraRun:
         self._rows.extend(array("d", (*row, match_ms)))
         return report
 
-    def _check_groups(self, groups, report: MatchReport, index: int) -> None:
+    def _check_groups(self, groups: list[PatchGroup], report: MatchReport, index: int) -> None:
         """Checks that what is measured is what the model gets: the reference's background and the fresh patches."""
         reference = report.reference
-        background, fresh = groups[0], np.zeros(self.num_patches, dtype=bool)
+        background = groups[0]
+        fresh: np.ndarray = np.zeros(self.num_patches, dtype=bool)
         for group in groups[1:]:
             fresh |= group.patch_mask
         same = (
-            background.kind == BACKGROUND
+            reference is not None
+            and background.kind == BACKGROUND
             and np.array_equal(background.patch_mask, reference.patch_mask)
             and np.array_equal(background.pixels, reference.pixels)
             and np.array_equal(fresh, report.fresh)

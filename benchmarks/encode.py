@@ -45,7 +45,7 @@ def run_encode(pairs: int = 5, images: int = 1, object_patches: int = 86, thread
         "stock, cut": lambda: encode_groups(tower, pixels, whole, -2),
         "split": lambda: encode_groups(tower, groups, masks, -2),
     }
-    seconds = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     with torch.no_grad():
         for run in range(pairs + 1):  # the first is warm-up
             for name, way in ways.items():

@@ -50,7 +50,7 @@ def group_flops(name: str, patches: int) -> int:
     depth = shape.vision["num_hidden_layers"] + 1 + model.config.vision_feature_layer
     hidden = torch.empty(1, 1 + patches, shape.vision["hidden_size"], device="meta")
 
-    def encode():
+    def encode() -> None:
         states = hidden
         for layer in tower.encoder.layers[:depth]:
             states = layer(states, None)
@@ -66,7 +66,7 @@ def text_flops(name: str, seen: int, new: int) -> int:
     embeds = torch.empty(1, seen + new, width, device="meta")
     cache = DynamicCache()
 
-    def run(part):
+    def run(part: torch.Tensor) -> None:
         states = model.model.language_model(inputs_embeds=part, past_key_values=cache, use_cache=True)
         model.lm_head(states.last_hidden_state[:, -1:])
 

@@ -47,7 +47,7 @@ def draw_frame(background: Image.Image, shape: Shape, fresh_share: float, rng: n
     """
     grid, patch, side = shape.grid, shape.vision["patch_size"], shape.vision["image_size"]
     count = round(fresh_share * grid * grid)
-    changed = np.zeros((grid, grid), dtype=bool)
+    changed: np.ndarray = np.zeros((grid, grid), dtype=bool)
     if not count:
         return Frame(background, changed.reshape(-1), None)
     columns = int(np.ceil(np.sqrt(count)))
@@ -67,5 +67,6 @@ def draw_frame(background: Image.Image, shape: Shape, fresh_share: float, rng: n
     darkest = rng.choice([0, 225])
     texture = darkest + rng.integers(0, 31, (height, width, 3))
     image = np.where(mask[..., None], texture, np.asarray(background)).astype(np.uint8)
-    box = (left * patch + 3, top * patch + 3, (left + columns) * patch - 3, (top + rows) * patch - 3)
-    return Frame(Image.fromarray(image), changed.reshape(-1), tuple(float(edge) for edge in box))
+    x0, y0 = float(left * patch + 3), float(top * patch + 3)
+    x1, y1 = float((left + columns) * patch - 3), float((top + rows) * patch - 3)
+    return Frame(Image.fromarray(image), changed.reshape(-1), (x0, y0, x1, y1))

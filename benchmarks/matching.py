@@ -49,7 +49,7 @@ def run_matching(
 
 def _measure(count: int, size: int, patch_size: int, queries: int, tolerance: float, folder: str) -> dict:
     matcher = BackgroundMatcher(patch_size, tolerance, max_references=count, folder=folder)
-    owned = np.ones((size // patch_size) ** 2, dtype=bool)
+    owned: np.ndarray = np.ones((size // patch_size) ** 2, dtype=bool)
     for seed in tqdm(range(count), desc=f"{count} references", unit="reference", disable=None):
         matcher.add(_image(seed, size), owned)
     rng = np.random.default_rng(0)

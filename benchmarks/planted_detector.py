@@ -3,8 +3,9 @@
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,10 +15,20 @@ from backdrop.processing.detector_backdrop import ObjectDetector
 from .frames import Frame
 
 
+class Detector(Protocol):
+    """What a processor asks of a detector to split images."""
+
+    names: dict[int, str]
+
+    @property
+    def detect(self) -> Callable[..., list[Detections]]:
+        """See `ObjectDetector.detect`."""
+
+
 class PlantedDetector:
     """Runs a detector for its time, and answers with planted boxes in place of what random weights find."""
 
-    def __init__(self, detector: ObjectDetector):
+    def __init__(self, detector: Detector):
         self._detector = detector
         self._boxes: list = []
 
@@ -25,7 +36,7 @@ class PlantedDetector:
         """The images of the next call to `detect`, in order."""
         self._boxes = [frame.box for frame in frames]
 
-    def detect(self, images: Sequence[np.ndarray], **options) -> list[Detections]:
+    def detect(self, images: Sequence[np.ndarray], **options: Any) -> list[Detections]:
         """As `ObjectDetector.detect`."""
         self._detector.detect(images, **options)
         if len(images) != len(self._boxes):
@@ -46,7 +57,7 @@ class PlantedDetector:
 def build_yolo(device: str) -> ObjectDetector:
     """YOLOv8n with random weights, from the description that ultralytics ships; nothing is downloaded."""
     found = importlib.util.find_spec("ultralytics")
-    if found is None:
+    if found is None or found.origin is None:
         raise ImportError(
             "The benchmark runs a detector, but ultralytics is not installed: pip install ultralytics"
         )

@@ -37,7 +37,7 @@ class Recording:
         return _video_frames(self.path) if self.names is None else _folder_frames(self.path, self.names)
 
 
-def open_recording(source) -> Recording:
+def open_recording(source: str | Path) -> Recording:
     """The recording at a path.
 
     Raises:

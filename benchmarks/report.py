@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import torch
@@ -52,12 +53,12 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
-def write_json_atomically(path: Path, value) -> None:
+def write_json_atomically(path: Path, value: object) -> None:
     """Writes JSON in one step."""
     write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
-def pyplot():
+def pyplot() -> ModuleType:
     """matplotlib's pyplot, drawing to files.
 
     Raises:

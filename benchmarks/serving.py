@@ -39,6 +39,8 @@ from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGen
 from backdrop.hub_export.chat_template import chat_template
 from backdrop.hub_export.checkpoint import load_checkpoint
 from backdrop.hub_export.export import export
+from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
+from backdrop.processing.processing_backdrop import BackdropProcessor
 from backdrop.serving.engine_settings import EngineSettings, find_engine_python
 from backdrop.serving.sizing import batched_tokens, kv_cache_bytes
 
@@ -74,7 +76,9 @@ class ShapeTraffic:
         return Ask(camera, png_url(frame.image), QUESTION, "", False)
 
 
-def stock_llava(model, processor) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def stock_llava(
+    model: BackdropForConditionalGeneration, processor: BackdropProcessor
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The same weights as stock LLaVA (separators stay unused)."""
     config, images = model.config, processor.image_processor
     stock = LlavaForConditionalGeneration(
@@ -108,6 +112,8 @@ def stock_llava(model, processor) -> tuple[LlavaForConditionalGeneration, LlavaP
 def make_folders(model: str | None, shape: str | None, folder: Path) -> tuple[Path, Path]:
     """(Backdrop's folder, stock LLaVA's folder)."""
     if shape is None:
+        if model is None:
+            raise ValueError("model and shape are both None; wanted one of the two.")
         pair = load_checkpoint(model)
         backdrop, llava = Path(model), stock_llava(*pair)
     else:

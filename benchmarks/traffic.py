@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from backdrop.scenes.world import FAMILIES, Scene, background_seeds, disturbed, render_scene
+from backdrop.scenes.world import FAMILIES, Scene, Split, background_seeds, disturbed, render_scene
 
 # Topics whose answer is read off the background and differs from background to background.
 NAMING_TOPICS = ("label", "sign", "name")
@@ -125,7 +125,7 @@ class SceneTraffic:
         names: answer that names a background -> its camera.
     """
 
-    def __init__(self, cameras: int, seed: int = 0, noise: bool = False, split: str = "test"):
+    def __init__(self, cameras: int, seed: int = 0, noise: bool = False, split: Split = "test"):
         rng = random.Random(f"traffic/{seed}")
         self._seeds = rng.sample(list(background_seeds(split)), cameras)
         self._noise = noise
@@ -162,7 +162,8 @@ async def ask_once(
     """Sends one request and reads its answer as it comes."""
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     started = time.perf_counter()
-    text, first, usage, error, ended = "", float("nan"), {}, "", False
+    text, first, error, ended = "", float("nan"), "", False
+    usage: dict = {}
     try:
         async with client.stream(
             "POST", f"{url}/v1/chat/completions", json=ask.body(model), headers=headers

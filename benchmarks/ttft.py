@@ -56,7 +56,7 @@ def run_cell(bench: Bench, batch: int, fresh_share: float, repeats: int) -> list
     shape = SHAPES[bench.shape_name]
     distinct = min(batch, MAX_BACKGROUNDS)
     backgrounds = [background_image(*shape.source, seed=seed) for seed in range(distinct)]
-    nothing = np.zeros(shape.grid**2, dtype=bool)
+    nothing: np.ndarray = np.zeros(shape.grid**2, dtype=bool)
     empty = [Frame(backgrounds[row % distinct], nothing, None) for row in range(batch)]
     names = (*MODES, *(f"miss {mode}" for mode in MATCHED_MODES), "detector")
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -206,7 +206,14 @@ def _command() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def _check(shapes, batches, fresh_shares, repeats, device, dtype) -> None:
+def _check(
+    shapes: Sequence[str],
+    batches: Sequence[int],
+    fresh_shares: Sequence[float],
+    repeats: int,
+    device: str,
+    dtype: str,
+) -> None:
     for name in shapes:
         if name not in SHAPES:
             raise ValueError(f"shape is {name!r}; wanted one of {', '.join(SHAPES)}.")

@@ -71,8 +71,8 @@ def coco_rows(request: Request) -> Parsed:
     seen = set()
 
     def gathered() -> Iterator[dict]:
-        for cocoid, group in groupby(stored_rows(rows, wanted), key=lambda row: row["cocoid"]):
-            group = list(group)
+        for cocoid, neighbours in groupby(stored_rows(rows, wanted), key=lambda row: row["cocoid"]):
+            group = list(neighbours)
             yield {
                 "cocoid": cocoid,
                 "image": group[0]["image"],

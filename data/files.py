@@ -7,6 +7,7 @@ import csv
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import ijson
 from datasets import (
@@ -82,11 +83,13 @@ def json_lines(path: Path) -> Iterator:
 
 
 def csv_rows(path: Path) -> Iterator[dict]:
+    """The rows of a CSV file, each a dictionary by the names in its first line."""
     with open(path, newline="", encoding="utf-8") as file:
         yield from csv.DictReader(file)
 
 
 def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file without their ends; empty ones are left out."""
     with open(path, encoding="utf-8") as file:
         yield from (line.rstrip("\n") for line in file if line.strip())
 
@@ -189,11 +192,13 @@ def _load_files(files: list[Path], split: str, streaming: bool) -> Dataset | Ite
 
 
 def columns(rows: Dataset | IterableDataset) -> list[str]:
+    """Names of the columns; of a stream of JSON, those of its first row."""
     # A stream of JSON does not know its columns before its first row.
     return rows.column_names or list(next(iter(rows), {}))
 
 
 def require_columns(rows: Dataset | IterableDataset, wanted: list[str], where: str) -> None:
+    """Refuses rows without one of the wanted columns: a `ValueError` that names `where` they come from."""
     found = columns(rows)
     missing = [name for name in wanted if name not in found]
     if missing:
@@ -212,7 +217,7 @@ def stored_rows(rows: Dataset | IterableDataset, names: list[str]) -> Iterator[d
             yield features.decode_example(row)
 
 
-def _undecoded(feature):
+def _undecoded(feature: Any) -> Any:
     if isinstance(feature, List):
         return List(_undecoded(feature.feature))
     return Image(decode=False) if isinstance(feature, Image) else feature

@@ -31,7 +31,7 @@ def file_image(row_id: str, candidates: Iterable[Path]) -> dict:
     raise BadRowError(row_id, f"image file {candidates[0]} does not exist{others}")
 
 
-def stored_image(row_id: str, value, folder: Path | None = None) -> dict:
+def stored_image(row_id: str, value: object, folder: Path | None = None) -> dict:
     """An image column's value; a path that is not absolute lies in `folder`."""
     path, content = value, None
     if isinstance(value, dict):
@@ -71,7 +71,7 @@ def _file_problem(path: str, mtime_ns: int, size: int) -> str:
     return f"file {path} {problem}" if problem else ""
 
 
-def _problem(file) -> str:
+def _problem(file: str | BytesIO) -> str:
     """What is wrong with an image file, "" if nothing is."""
     # Some library of the process may have asked PIL to fill in what a truncated file lacks.
     ImageFile.LOAD_TRUNCATED_IMAGES = False

@@ -11,6 +11,15 @@ from .rows import Example
 
 
 def llava_example(row: dict, find_image: Callable[[str, object], dict]) -> Example:
+    """An example of one of LLaVA's records.
+
+    Args:
+        row: `id`, `conversations`, and `image`: one, a list, or none.
+        find_image: the image of a row's id and of one value of `image`.
+
+    Raises:
+        BadRowError: the conversation has not LLaVA's form, or an image is missing.
+    """
     row_id = str(row["id"])
     names = row.get("image")
     names = [] if names is None else names if isinstance(names, list) else [names]
@@ -22,11 +31,13 @@ def llava_example(row: dict, find_image: Callable[[str, object], dict]) -> Examp
 
 
 def llava_files(pattern: str) -> Callable[[Request], Parsed]:
+    """A reader of LLaVA's JSON, by the pattern of its file's name."""
+
     def files(request: Request) -> Parsed:
         """A JSON array of `{"id", "image"?, "conversations"}`; `image` is relative to the images' folder."""
         choose_split(request.split, ["train"], request.source)
 
-        def find_image(row_id, name):
+        def find_image(row_id: str, name: object) -> dict:
             return request.image(row_id, checked_text(row_id, "image", name))
 
         return parsed(json_items(request.file(pattern)), lambda row: llava_example(row, find_image))
@@ -35,6 +46,8 @@ def llava_files(pattern: str) -> Callable[[Request], Parsed]:
 
 
 def llava_rows(hub_name: str, repos: tuple[str, ...]) -> Callable[[Request], Parsed]:
+    """A reader of rows from the Hub; of `repos` it downloads `hub_name`, the JSON, and reads that."""
+
     def rows(request: Request) -> Parsed:
         """liuhaotian's repositories hold the JSON alone (`images` says where the images lie); others have rows with
         `id`, `image` and `conversations`."""
@@ -47,7 +60,7 @@ def llava_rows(hub_name: str, repos: tuple[str, ...]) -> Callable[[Request], Par
             return llava_files(hub_name)(replace(request, source=str(path)))
         wanted = ["id", "image", "conversations"]
 
-        def find_image(row_id, value):
+        def find_image(row_id: str, value: object) -> dict:
             return stored_image(row_id, value, request.images or request.folder)
 
         return parsed(stored_rows(request.open(wanted), wanted), lambda row: llava_example(row, find_image))

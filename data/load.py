@@ -71,6 +71,7 @@ def examples(
         BadRowError: a bad row that nothing takes down.
     """
     request = _request(name, source, split, images, streaming, ocr_tokens)
+    found: Iterable[Example | BadRowError]
     if name == "rows":
         found = (
             row if isinstance(row, BadRowError) else row_example(row)
@@ -131,15 +132,17 @@ def load_rows(
     return _write_rows(rows, features), bad_rows
 
 
-def _request(name, source, split, images, streaming, ocr_tokens) -> Request:
+def _request(
+    name: str, source: str, split: str, images: str | Path | None, streaming: bool, ocr_tokens: bool
+) -> Request:
     if name not in NAMES:
         raise ValueError(f"data set is {name!r}; wanted one of {', '.join(NAMES)}.")
     if ocr_tokens and name != "textvqa":
         raise ValueError(f"ocr_tokens is for textvqa, not {name}.")
-    images = Path(images) if images is not None else None
-    if images is not None and not images.is_dir():
-        raise ValueError(f"images: {images} is no folder.")
-    return Request(str(source), split, images, streaming, ocr_tokens)
+    folder = Path(images) if images is not None else None
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"images: {folder} is no folder.")
+    return Request(str(source), split, folder, streaming, ocr_tokens)
 
 
 # ---- good and bad
@@ -154,7 +157,7 @@ def _good(found: Iterable, bad_rows: BadRows, check_images: bool) -> Iterator:
             yield item
 
 
-def _with_images(item: Example | dict | BadRowError):
+def _with_images(item: Example | dict | BadRowError) -> Example | dict | BadRowError:
     """The item, or the error of the first of its images that cannot be decoded."""
     if isinstance(item, BadRowError):
         return item
@@ -203,7 +206,9 @@ def _training_rows(
         )
 
 
-def _unlimited_rows(name, request, bad_rows, check_images, features) -> Iterator[dict]:
+def _unlimited_rows(
+    name: str, request: Request, bad_rows: BadRows, check_images: bool, features: Features
+) -> Iterator[dict]:
     in_parts = features == STRUCTURED_FEATURES
     if name == "rows":
         for row in _good(_checked_rows(_open_stored(request), request), bad_rows, check_images):

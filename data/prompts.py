@@ -25,7 +25,7 @@ def short_answer(question: str, ocr_tokens: Sequence[str] = ()) -> str:
     return f"{question}\n{reference}{SHORT_ANSWER}"
 
 
-def checked_text(row_id: str, name: str, value) -> str:
+def checked_text(row_id: str, name: str, value: object) -> str:
     """`value` without the space around it.
 
     Raises:
@@ -41,7 +41,7 @@ def checked_text(row_id: str, name: str, value) -> str:
     return value
 
 
-def checked_list(row_id: str, name: str, value) -> list:
+def checked_list(row_id: str, name: str, value: object) -> list:
     """`value`, which must be a list with something in it."""
     if not isinstance(value, list):
         raise BadRowError(row_id, f"{name} is {_kind(value)}; wanted a list")
@@ -50,7 +50,7 @@ def checked_list(row_id: str, name: str, value) -> list:
     return value
 
 
-def checked_answers(row_id: str, value) -> tuple[list[str], str]:
+def checked_answers(row_id: str, value: object) -> tuple[list[str], str]:
     """(all annotators' answers, the one that most of them gave; of several, the one given first).
 
     An answer is text or, as in VQA, has it under "answer". An annotator may have said nothing, but not all of them.
@@ -65,7 +65,7 @@ def checked_answers(row_id: str, value) -> tuple[list[str], str]:
     return answers, checked_text(row_id, "answer", said[0][0] if said else "")
 
 
-def image_position(row_id: str, value, images: int) -> tuple[str, str]:
+def image_position(row_id: str, value: object, images: int) -> tuple[str, str]:
     """(question without placeholders, "start" or "end") of a conversation's first question.
 
     One placeholder inside the text counts as one at the start, where LLaVA's `preprocess_multimodal` moves it.
@@ -85,22 +85,23 @@ def image_position(row_id: str, value, images: int) -> tuple[str, str]:
     return question, "end" if found and not parts[-1] else "start"
 
 
-def llava_turns(row_id: str, conversations, images: int) -> tuple[list[tuple[str, str]], str]:
+def llava_turns(row_id: str, conversations: object, images: int) -> tuple[list[tuple[str, str]], str]:
     """(turns, where `<image>` stood) of LLaVA's `[{"from": "human" | "gpt", "value": text}, ...]`."""
     roles = []
-    for message in checked_list(row_id, "conversations", conversations):
+    messages = checked_list(row_id, "conversations", conversations)
+    for message in messages:
         if not isinstance(message, dict):
             raise BadRowError(row_id, f"a message is {_kind(message)}; wanted from and value")
         roles.append(message.get("from"))
     if roles != ["human", "gpt"] * (len(roles) // 2) or not roles:
         shown = ", ".join(map(str, roles[:6])) + (", ..." if len(roles) > 6 else "")
         raise BadRowError(row_id, f"roles are {shown}; wanted human, gpt in turn")
-    values = [message.get("value") for message in conversations]
+    values = [message.get("value") for message in messages]
     first, at = image_position(row_id, values[0], images)
     questions = [first] + [checked_text(row_id, "question", value) for value in values[2::2]]
     answers = [checked_text(row_id, "answer", value) for value in values[1::2]]
     return list(zip(questions, answers, strict=True)), at
 
 
-def _kind(value) -> str:
+def _kind(value: object) -> str:
     return "missing" if value is None else type(value).__name__

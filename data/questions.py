@@ -5,6 +5,7 @@ of rows reads a Hub id or local files with the columns of the mirror named there
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from .files import (
@@ -104,9 +105,7 @@ def ocrvqa_files(request: Request) -> Parsed:
             elif _OCRVQA_SPLITS[row["split"]] == wanted:
                 suffix = Path(str(row.get("imageURL"))).suffix
                 names = dict.fromkeys((f"{row_id}{suffix}", f"{row_id}.jpg"))
-                yield from _ocrvqa_questions(
-                    row, row_id, lambda row_id=row_id, names=names: request.image(row_id, *names)
-                )
+                yield from _ocrvqa_questions(row, row_id, partial(request.image, row_id, *names))
 
     return read()
 
@@ -119,14 +118,13 @@ def ocrvqa_rows(request: Request) -> Parsed:
     def read() -> Parsed:
         for row in stored_rows(rows, wanted):
             row_id = str(row["image_id"])
-            yield from _ocrvqa_questions(
-                row, row_id, lambda row=row, row_id=row_id: stored_image(row_id, row["image"], request.images)
-            )
+            read_image = partial(stored_image, row_id, row["image"], request.images)
+            yield from _ocrvqa_questions(row, row_id, read_image)
 
     return read()
 
 
-def _answer_texts(answers):
+def _answer_texts(answers: object) -> object:
     """The texts alone where they have the form that they should: a tenth of the memory."""
     if isinstance(answers, list):
         return [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
@@ -248,8 +246,8 @@ def _gqa_name(request: Request) -> str:
 POPE_KINDS = ("random", "popular", "adversarial")
 
 
-def _pope_example(row_id: str, row: dict, image: dict, answer, image_id: str, kind: str) -> Example:
-    answer = checked_text(row_id, "label", answer).lower()
+def _pope_example(row_id: str, row: dict, image: dict, label: object, image_id: str, kind: str) -> Example:
+    answer = checked_text(row_id, "label", label).lower()
     if answer not in ("yes", "no"):
         raise BadRowError(row_id, f"label is {answer!r}; wanted yes or no")
     return question_example(row_id, image, row["text"], [answer], question_type=kind, image_id=image_id)
@@ -269,7 +267,7 @@ def pope_files(request: Request) -> Parsed:
         for path in found:
             named = path.stem.rsplit("_", 1)[-1]
 
-            def parse(row: dict, named=named) -> Example:
+            def parse(row: dict, named: str = named) -> Example:
                 kind = row.get("category") or (named if named in POPE_KINDS else "")
                 row_id = f"{kind}/{row['question_id']}" if kind else str(row["question_id"])
                 name = checked_text(row_id, "image", row["image"])

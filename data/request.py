@@ -1,6 +1,6 @@
 """What a reader of a dataset is given, and what all of them make of its rows."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +26,12 @@ class Request:
 
     @property
     def path(self) -> Path:
+        """The source as a path."""
         return Path(self.source)
 
     @property
     def folder(self) -> Path:
+        """The folder that the source's files lie in."""
         return self.path.parent if self.path.is_file() else self.path
 
     @property
@@ -77,24 +79,29 @@ def parsed(rows: Iterable, parse: Callable[[dict], Example]) -> Parsed:
 
 
 def question_example(
-    row_id: str, image: dict, question, answers, *, question_type="", image_id="", ocr_tokens=()
+    row_id: str,
+    image: dict,
+    question: object,
+    answers: object,
+    *,
+    question_type: str = "",
+    image_id: str = "",
+    ocr_tokens: Sequence[str] = (),
 ) -> Example:
     """A short question, trained on the answer that most annotators gave."""
-    answers, most_common = checked_answers(row_id, answers)
+    given, most_common = checked_answers(row_id, answers)
     prompt = short_answer(checked_text(row_id, "question", question), ocr_tokens)
     return Example(
         id=row_id,
         images=[image],
         turns=[(checked_text(row_id, "question", prompt), most_common)],
-        answers=answers,
+        answers=given,
         question_type=question_type,
         image_id=image_id,
     )
 
 
-def caption_example(row_id: str, image: dict, captions) -> Example:
+def caption_example(row_id: str, image: dict, captions: object) -> Example:
     """One image with all its captions; the turn has the first."""
-    captions = [
-        checked_text(row_id, "caption", value) for value in checked_list(row_id, "captions", captions)
-    ]
-    return Example(row_id, [image], [(CAPTION, captions[0])], answers=captions, image_id=row_id)
+    texts = [checked_text(row_id, "caption", value) for value in checked_list(row_id, "captions", captions)]
+    return Example(row_id, [image], [(CAPTION, texts[0])], answers=texts, image_id=row_id)

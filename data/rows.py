@@ -67,11 +67,12 @@ class BadRows:
     on_bad_row: str = "skip"
     rows: list[tuple[str, str]] = field(default_factory=list)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.on_bad_row not in ("skip", "raise"):
             raise ValueError(f"on_bad_row is {self.on_bad_row!r}; wanted 'skip' or 'raise'.")
 
     def add(self, error: BadRowError) -> None:
+        """Takes down a bad row; with "raise", raises it."""
         if self.on_bad_row == "raise":
             raise error
         self.rows.append((error.row_id, error.reason))

@@ -66,10 +66,10 @@ def checked_row(number: int, row: dict, folder: Path | None) -> dict:
     return {"id": row_id, "images": images, "messages": messages}
 
 
-def _checked_content(row_id: str, role: str, content) -> str | list[dict]:
+def _checked_content(row_id: str, role: str, content: object) -> str | list[dict]:
     if not isinstance(content, list):
         checked_text(row_id, f"content of {role}", content)
-        return content
+        return str(content)
     parts = []
     for part in content:
         kind = part.get("type")

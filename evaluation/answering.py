@@ -16,12 +16,15 @@ from PIL import Image, UnidentifiedImageError
 
 from backdrop.hub_export.checkpoint import ADAPTER_FILES, load_checkpoint
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
+from backdrop.processing.background_matching_backdrop import BackgroundMatcher
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
 MODES = ("llava", "split", "cached", "matched")
 
 
-def load(model: str | Path, device: str = "auto"):
+def load(
+    model: str | Path, device: str = "auto"
+) -> tuple[BackdropForConditionalGeneration, BackdropProcessor]:
     """(model, processor) of a folder or a Hub id; `auto` is a GPU if there is one. On a CPU in float32.
 
     The adapter in a folder is merged into its base.
@@ -136,7 +139,7 @@ class Answerer:
         new = out[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 
-    def _together(self, conversations) -> list[PreparedImages]:
+    def _together(self, conversations: Sequence[Sequence[Image.Image]]) -> list[PreparedImages]:
         groups = self._groups([image for images in conversations for image in images])
         features = self._features(groups) if groups["counts"] else []
         parts, first, image = [], 0, 0
@@ -147,9 +150,13 @@ class Answerer:
             first, image = last, image + len(images)
         return parts
 
-    def _alone(self, images) -> PreparedImages:
+    def _alone(self, images: Sequence[Image.Image]) -> PreparedImages:
         matcher, cache = self.processor.background_matching, self.model.background_cache
-        before = matcher.stats() if matcher else None
+        if cache is None:
+            raise RuntimeError(
+                f"the background cache was disabled; wanted it enabled for mode {self.mode!r}."
+            )
+        before = _matches(matcher)
         groups = self._groups(images)
         seen = cache.stats()
         self._features(groups)  # the cache keeps them
@@ -157,7 +164,7 @@ class Answerer:
         reused, computed = (
             now[name] - seen[name] for name in ("vision_tokens_reused", "vision_tokens_computed")
         )
-        after = matcher.stats() if matcher else None
+        after = _matches(matcher)
         return self._part(
             groups,
             0,
@@ -165,13 +172,13 @@ class Answerer:
             0,
             groups["counts"],
             None,
-            matched=after["matches"] - before["matches"] if matcher else 0,
-            patches_reused=after["patches_reused"] - before["patches_reused"] if matcher else 0,
+            matched=after[0] - before[0],
+            patches_reused=after[1] - before[1],
             tokens_reused=reused,
             tokens=reused + computed,
         )
 
-    def _groups(self, images) -> dict:
+    def _groups(self, images: Sequence[Image.Image]) -> dict:
         if not images:
             raise ValueError("A question has no image; wanted one or more.")
         whole = {"split": False} if self.mode == "llava" else {}
@@ -179,7 +186,7 @@ class Answerer:
         expansions = [self.processor.replace_image_token(found, image_idx=i) for i in range(len(images))]
         return {**found, "counts": found["groups_per_image"].tolist(), "expansions": expansions}
 
-    def _features(self, groups) -> list[torch.Tensor]:
+    def _features(self, groups: dict) -> list[torch.Tensor]:
         device, dtype = self.model.device, self.model.dtype
         return self.model.get_image_features(
             groups["pixel_values"].to(device, dtype),
@@ -188,7 +195,16 @@ class Answerer:
             return_dict=True,
         ).pooler_output
 
-    def _part(self, groups, first, last, image, counts, features, **reuse) -> PreparedImages:
+    def _part(
+        self,
+        groups: dict,
+        first: int,
+        last: int,
+        image: int,
+        counts: list[int],
+        features: torch.Tensor | None,
+        **reuse: int,
+    ) -> PreparedImages:
         """Groups `first` to `last`, which are those of `len(counts)` images from number `image` on."""
         patch_mask = groups["patch_mask"][first:last]
         none = {"matched": 0, "patches_reused": 0, "tokens_reused": 0}
@@ -227,3 +243,11 @@ class Answerer:
             "patch_mask": torch.cat([images.patch_mask for images in prepared]),
             "group_kind": torch.cat([images.group_kind for images in prepared]),
         }
+
+
+def _matches(matcher: BackgroundMatcher | None) -> tuple[int, int]:
+    """Matches so far, and patches taken from them; none without a matcher."""
+    if matcher is None:
+        return 0, 0
+    stats = matcher.stats()
+    return stats["matches"], stats["patches_reused"]

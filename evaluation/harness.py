@@ -10,6 +10,7 @@ import sys
 from itertools import islice
 from unittest import mock
 
+from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models import MODEL_REGISTRY_V2
 from lmms_eval.models.registry_v2 import ModelManifest
@@ -49,7 +50,7 @@ class BackdropHarnessModel(lmms):
         self.batch_size = int(batch_size)
         self.answerer = Answerer(model, processor, mode, float(tolerance))
 
-    def generate_until(self, requests) -> list[str]:
+    def generate_until(self, requests: list[Instance]) -> list[str]:
         """One answer for each request, cut at the first of its `until` strings."""
         answers: list[str] = []
         left = iter(tqdm(requests, desc=self.answerer.mode))
@@ -71,10 +72,12 @@ class BackdropHarnessModel(lmms):
             answers += [_cut(text, options) for text, (_, options, *_) in zip(texts, arguments, strict=True)]
         return answers
 
-    def generate_until_multi_round(self, requests):
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Refused: Backdrop answers single rounds only."""
         raise NotImplementedError("Backdrop's harness model answers single rounds only.")
 
-    def loglikelihood(self, requests):
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Refused: Backdrop generates, and scores no given answers."""
         raise NotImplementedError(
             "Backdrop's harness model generates only; choose tasks of type generate_until."
         )

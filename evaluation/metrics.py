@@ -206,6 +206,7 @@ class Metric:
 
     @property
     def headline(self) -> str:
+        """Name of the first figure, which stands for the metric."""
         return next(iter(self.figures))
 
     def score(self, prediction: str, answers: Sequence[str]) -> float | None:
@@ -216,7 +217,7 @@ class Metric:
 
 
 def _mean_of(name: str, score: Callable[[str, Sequence[str]], float], figure: str = "accuracy") -> Metric:
-    def counts(predictions, answers):
+    def counts(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> np.ndarray:
         return np.array(
             [(score(p, a), 1.0) for p, a in zip(predictions, answers, strict=True)], dtype=np.float64
         ).reshape(-1, 2)
@@ -225,7 +226,7 @@ def _mean_of(name: str, score: Callable[[str, Sequence[str]], float], figure: st
 
 
 def _pope() -> Metric:
-    def counts(predictions, answers):
+    def counts(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> np.ndarray:
         rows = [_pope_counts(p, a) for p, a in zip(predictions, answers, strict=True)]
         return np.array(rows, dtype=np.float64).reshape(-1, 4)  # TP, FP, TN, FN
 
@@ -258,7 +259,7 @@ def _plain_tokens(text: str) -> str:
     )
 
 
-def _caption_parts():
+def _caption_parts() -> tuple[type, type, type]:
     try:
         from pycocoevalcap.bleu.bleu_scorer import BleuScorer
         from pycocoevalcap.cider.cider_scorer import CiderScorer
@@ -298,7 +299,9 @@ def caption_counts(predictions: Sequence[str], answers: Sequence[Sequence[str]])
     return np.array(rows, dtype=np.float64)
 
 
-def _tokenized(predictions, answers) -> tuple[list[str], list[list[str]]]:
+def _tokenized(
+    predictions: Sequence[str], answers: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
     if caption_tokenizer() == "plain":
         return [_plain_tokens(p) for p in predictions], [[_plain_tokens(a) for a in refs] for refs in answers]
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
@@ -389,7 +392,7 @@ def _interval(value: float, draws: np.ndarray) -> dict[str, float | None]:
 def _members(groups: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
     """Name of a group -> bool `[Q]`; "" stands for all questions and comes first."""
     names = sorted({name for own in groups for name in own if name})
-    members = {"": np.ones(len(groups), dtype=bool)}
+    members: dict[str, np.ndarray] = {"": np.ones(len(groups), dtype=bool)}
     return members | {name: np.array([name in own for own in groups]) for name in names}
 
 
@@ -431,7 +434,7 @@ def figures(
     shape = (len(members), len(runs), counts.shape[1])
     total = sums.sum(0).reshape(shape)
     draws = resampled(sums, seed=seed).reshape(-1, *shape)
-    result = {}
+    result: dict[str, dict] = {}
     for g, (name, own) in enumerate(members.items()):
         result[name] = {"questions": int(own.sum()), "images": len(set(image[own]))}
         for figure, of in metric.figures.items():

@@ -6,8 +6,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.modeling.weights_key_backdrop import weights_digest
 from backdrop.processing.detector_files_backdrop import DETECTOR_FILES
+from backdrop.processing.processing_backdrop import BackdropProcessor
 
 
 class Predictions:
@@ -96,7 +98,9 @@ def read_predictions(path: Path) -> tuple[dict, list[dict]]:
     return values[0]["header"], values[1:]
 
 
-def model_fingerprint(model, processor, source: str | Path) -> dict[str, str | None]:
+def model_fingerprint(
+    model: BackdropForConditionalGeneration, processor: BackdropProcessor, source: str | Path
+) -> dict[str, str | None]:
     """What answers depend on in a model: digests of its weights, its processor's options and its detector."""
     options = processor.image_processor.to_dict() | {"separators": processor.use_separators}
     template = processor.chat_template or processor.tokenizer.chat_template

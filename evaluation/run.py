@@ -7,15 +7,18 @@ before again without asking about them, so that references and cache are what th
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from backdrop.data.atomic import write_atomically
 from backdrop.data.rows import BadRows, Example
+from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
+from backdrop.processing.processing_backdrop import BackdropProcessor
 
 from .answering import Answerer, load, open_image
 from .metrics import CONFIDENCE, RESAMPLES, Metric, caption_tokenizer, figures
@@ -107,7 +110,15 @@ def _batches(asked: Iterable[ImageQuestions], batch_size: int) -> Iterator[list[
         yield batch
 
 
-def _answer_batch(answerer, batch, predictions, metric, batch_size, done, progress) -> None:
+def _answer_batch(
+    answerer: Answerer,
+    batch: list[ImageQuestions],
+    predictions: Predictions,
+    metric: Metric,
+    batch_size: int,
+    done: Container[str],
+    progress: tqdm,
+) -> None:
     left = [[q for q in image.questions if q.id not in done] for image in batch]
     if answerer.mode in ("llava", "split"):  # nothing is remembered from image to image
         batch = [image for image, questions in zip(batch, left, strict=True) if questions]
@@ -140,7 +151,7 @@ def _answer_batch(answerer, batch, predictions, metric, batch_size, done, progre
 # ---- summary
 
 
-def _counts(metric: Metric, records: list[dict]):
+def _counts(metric: Metric, records: list[dict]) -> np.ndarray:
     return metric.counts([r["prediction"] for r in records], [r["answers"] for r in records])
 
 
@@ -243,8 +254,8 @@ def markdown(summary: dict) -> str:
 
 
 def evaluate_examples(
-    model,
-    processor,
+    model: BackdropForConditionalGeneration,
+    processor: BackdropProcessor,
     examples: Iterable[Example],
     *,
     data: str,

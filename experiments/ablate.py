@@ -51,10 +51,12 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """The changes as `axis=value`, comma-separated; `BASE` without any."""
         return ", ".join(f"{axis}={value}" for axis, value in self.changes.items()) or BASE
 
     @property
     def folder(self) -> str:
+        """The name, as a folder may be called."""
         return self.name.replace(", ", "+").replace("/", "_").replace(" ", "_")
 
 
@@ -75,7 +77,7 @@ class Matrix:
     design: str = "one_at_a_time"
     seeds: list[int] = field(default_factory=lambda: [0])
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.design not in DESIGNS:
             raise ValueError(f"design is {self.design!r}; wanted one of {', '.join(DESIGNS)}.")
         if not self.axes or not self.seeds:

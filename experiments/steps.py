@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 import yaml
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig
@@ -33,7 +34,10 @@ from backdrop.evaluation.predictions import (
 from backdrop.evaluation.run import PREDICTIONS, evaluate_examples
 from backdrop.evaluation.tasks import task
 from backdrop.hub_export.checkpoint import ADAPTER_FILES, load_checkpoint
+from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
+from backdrop.processing.processing_backdrop import BackdropProcessor
 from backdrop.scenes.exam import BATCH, FORMS, MAX_NEW_TOKENS, answer_form, scene_questions
+from backdrop.scenes.world import Split
 from backdrop.train.assemble import ModelArguments, assemble
 from backdrop.train.stages import recipe_digest
 
@@ -58,30 +62,33 @@ class SceneScore:
     scenes: int = 300
     questions: int = 3
     seed: int = 0
-    split: str = "validation"
+    split: Split = "validation"
     images_last: bool = False
     loaded: dict = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         unknown = sorted(set(self.forms) - set(FORMS))
         if unknown or not self.forms:
             raise ValueError(f"score.forms has {unknown or 'no form'}; wanted some of {', '.join(FORMS)}.")
 
     @property
     def metric(self) -> Metric:
+        """The metric that its questions are scored by: exact match."""
         return METRICS["exact"]
 
     def records(self, model: Path, folder: Path) -> dict[str, list[dict]]:
         """Answers in each form: form -> records, one per question."""
-        loaded = load_for_scoring(model, self.loaded, folder)
+        loaded, processor = load_for_scoring(model, self.loaded, folder)
         found = {}
         for name in self.forms:
             form = FORMS[name]
             header = {"form": name, "split": self.split, "scenes": self.scenes, "questions": self.questions}
             header |= {"seed": self.seed, "loaded": self.loaded, "images_last": self.images_last}
-            header |= model_fingerprint(*loaded, str(model))
+            header |= model_fingerprint(loaded, processor, str(model))
             predictions = Predictions(folder / f"{name}.jsonl", header, replace=True)
-            answerer = Answerer(*loaded, form.mode, form.tolerance, MAX_NEW_TOKENS, self.images_last)
+            answerer = Answerer(
+                loaded, processor, form.mode, form.tolerance, MAX_NEW_TOKENS, self.images_last
+            )
             cases = scene_questions(
                 self.split, self.scenes, self.seed, self.questions, form.disturb, form.earlier == "reference"
             )
@@ -113,11 +120,12 @@ class DataScore:
 
     @property
     def metric(self) -> Metric:
+        """The dataset's own metric."""
         return task(self.data).metric
 
     def records(self, model: Path, folder: Path) -> dict[str, list[dict]]:
         """Answers in each mode: mode -> records."""
-        loaded = load_for_scoring(model, self.loaded, folder)
+        loaded, processor = load_for_scoring(model, self.loaded, folder)
         found = {}
         for mode in self.forms:
             rows = examples(
@@ -131,12 +139,13 @@ class DataScore:
             )
             header = {"source": self.source, "split": self.split, "limit": self.limit, "loaded": self.loaded}
             evaluate_examples(
-                *loaded,
+                loaded,
+                processor,
                 rows,
                 data=self.data,
                 mode=mode,
                 out=folder / mode,
-                header=header | model_fingerprint(*loaded, str(model)),
+                header=header | model_fingerprint(loaded, processor, str(model)),
                 tolerance=self.tolerance if mode == "matched" else 0.0,
                 batch_size=self.batch_size,
                 replace=True,
@@ -158,7 +167,9 @@ def read_score(options: dict) -> SceneScore | DataScore:
     return kind(**{**options, "forms": tuple(options.get("forms", ("split",)))})
 
 
-def load_for_scoring(model: Path, loaded: dict, folder: Path):
+def load_for_scoring(
+    model: Path, loaded: dict, folder: Path
+) -> tuple[BackdropForConditionalGeneration, BackdropProcessor]:
     """Model and processor of a finished stage; an adapter is merged, the language model quantised where asked for.
 
     An adapter is merged first, while its base is not quantised yet, and the merged model is written to `folder`.
@@ -293,11 +304,11 @@ def headline(records: list[dict], metric: Metric, baseline: list[dict] | None = 
         records = [record for record in records if record["id"] in by_id]
         baseline = [by_id[record["id"]] for record in records]
     answers = [record["answers"] for record in records]
-    counts = [
-        metric.counts([record["prediction"] for record in rows], answers)
-        for rows in (records, baseline)
-        if rows is not None
-    ]
+
+    def counts(rows: list[dict]) -> np.ndarray:
+        return metric.counts([record["prediction"] for record in rows], answers)
+
+    other = None if baseline is None else counts(baseline)
     shared = [record.get("background", record["image_id"]) for record in records]
-    own = figures(metric, counts[0], shared, [[]] * len(records), *counts[1:])[""]
+    own = figures(metric, counts(records), shared, [[]] * len(records), other)[""]
     return {**own[metric.headline], "questions": own["questions"]}

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from safetensors import safe_open
+from transformers import PreTrainedConfig
 
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
@@ -44,6 +45,19 @@ def load_model(name: str) -> BackdropForConditionalGeneration:
     if found != BackdropConfig.model_type:
         raise ValueError(f"{name!r} is of model type {found!r}; wanted 'backdrop' (convert it first).")
     return BackdropForConditionalGeneration.from_pretrained(name, dtype="auto")
+
+
+def tower_config(config: BackdropConfig) -> PreTrainedConfig:
+    """The vision tower's configuration: a built `BackdropConfig` holds an object, whatever it was built from.
+
+    Raises:
+        TypeError: it holds a dictionary, or none.
+    """
+    if not isinstance(config.vision_config, PreTrainedConfig):
+        raise TypeError(
+            f"vision_config is a {type(config.vision_config).__name__}; wanted the configuration of a tower."
+        )
+    return config.vision_config
 
 
 def _load_processor(name: str) -> BackdropProcessor:

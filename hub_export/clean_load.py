@@ -6,6 +6,7 @@ Prints a JSON line for each folder: {"tokens": n} for n prompt tokens of the for
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 MAX_MESSAGE = 400  # transformers' errors can list every weight
 
@@ -71,8 +72,9 @@ def _groups(side: int, patch_size: int) -> list:
 
 if __name__ == "__main__":
     # Installed or not, the package cannot be imported from here on: the folders must do without it.
-    sys.modules["backdrop"] = None
-    reports = []
+    modules: dict[str, Any] = sys.modules  # a module that is None there cannot be imported
+    modules["backdrop"] = None
+    reports: list[dict[str, int | str]] = []
     for folder in sys.argv[1:]:
         try:
             reports.append({"tokens": load_and_run(folder)})

@@ -1,6 +1,7 @@
 """LLaVA checkpoints to Backdrop: names mapped, nothing missing, nothing left over, nothing random."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import (
     AutoConfig,
@@ -19,6 +20,7 @@ from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
 from .chat_template import VICUNA_SYSTEM_PROMPT, chat_template
+from .checkpoint import tower_config
 from .extend import extend_model
 from .tokens import prepare_tokens
 
@@ -43,7 +45,7 @@ def convert(
     separate_projectors: bool = False,
     detector: str | None = None,
     system_prompt: str = VICUNA_SYSTEM_PROMPT,
-    **hub_kwargs,
+    **hub_kwargs: Any,
 ) -> tuple[BackdropForConditionalGeneration, BackdropProcessor]:
     """Backdrop model and processor from a `LlavaForConditionalGeneration` folder or Hub id.
 
@@ -91,7 +93,7 @@ def complete(
     *,
     template: str,
     separators: bool = True,
-    **parts,
+    **parts: Any,
 ) -> BackdropProcessor:
     """Gives a model what every new one gets, wherever its weights came from; the processor that fits it.
 
@@ -125,14 +127,18 @@ def _backdrop_config(llava: LlavaConfig) -> BackdropConfig:
     )
 
 
-def _generation_config(source, model, hub_kwargs) -> GenerationConfig:
+def _generation_config(
+    source: str | Path, model: BackdropForConditionalGeneration, hub_kwargs: dict[str, Any]
+) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(source, **hub_kwargs)
     except OSError:
         return GenerationConfig.from_model_config(model.config)
 
 
-def _image_processor(source, config: BackdropConfig, hub_kwargs) -> BackdropImageProcessor:
+def _image_processor(
+    source: str | Path, config: BackdropConfig, hub_kwargs: dict[str, Any]
+) -> BackdropImageProcessor:
     """LLaVA's own image steps, read from its processor's attributes, so that class defaults count too."""
     found = AutoImageProcessor.from_pretrained(source, backend="pil", **hub_kwargs)
     names = [
@@ -142,11 +148,12 @@ def _image_processor(source, config: BackdropConfig, hub_kwargs) -> BackdropImag
     # None means "no" in transformers' classes; here it would mean our default.
     for name in ("do_resize", "do_center_crop", "do_pad", "do_rescale", "do_normalize"):
         options[name] = bool(options.get(name))
-    processor = BackdropImageProcessor(patch_size=config.vision_config.patch_size, **options)
+    tower = tower_config(config)
+    processor = BackdropImageProcessor(patch_size=tower.patch_size, **options)
     side = processor.image_side
-    if side != config.vision_config.image_size:
+    if side != tower.image_size:
         raise ValueError(
             f"The image processor of {str(source)!r} gives {side} x {side} images, but its tower takes "
-            f"{config.vision_config.image_size} x {config.vision_config.image_size}; wanted one fixed resolution."
+            f"{tower.image_size} x {tower.image_size}; wanted one fixed resolution."
         )
     return processor

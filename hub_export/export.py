@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -120,7 +121,7 @@ def export_checkpoint(
 # ---- checks
 
 
-def _check_classes(model, processor) -> None:
+def _check_classes(model: object, processor: object) -> None:
     wanted = ((model, BackdropForConditionalGeneration), (processor, BackdropProcessor))
     for found, cls in wanted:
         if not isinstance(found, cls):
@@ -177,7 +178,8 @@ def code_files() -> dict[str, Path]:
     """The code of an exported folder by name: custom code on the Hub can import flat siblings only."""
     found: dict[str, Path] = {}
     for package in (backdrop.modeling, backdrop.processing):
-        for source in sorted(Path(package.__file__).parent.glob("*.py")):
+        (folder,) = package.__path__
+        for source in sorted(Path(folder).glob("*.py")):
             if source.name == "__init__.py":
                 continue
             if source.name in found:
@@ -217,7 +219,7 @@ def _add_auto_maps(folder: Path) -> None:
         path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _auto_map(classes: dict[str, type]) -> dict[str, str]:
+def _auto_map(classes: Mapping[str, type]) -> dict[str, str]:
     return {auto: f"{cls.__module__.rpartition('.')[-1]}.{cls.__name__}" for auto, cls in classes.items()}
 
 
@@ -236,7 +238,7 @@ def _detector_source(folder: Path) -> str | None:
 
 def _requirements() -> str:
     """What loading needs, and what splitting needs, with the bounds of the installed package."""
-    declared = [Requirement(line) for line in metadata.requires("backdrop-vlm")]
+    declared = [Requirement(line) for line in metadata.requires("backdrop-vlm") or ()]
     loading = [item for item in declared if item.marker is None and item.name in LOADING_REQUIREMENTS]
     splitting = [item for item in declared if item.name == "ultralytics" and '"detector"' in str(item.marker)]
     lines = [

@@ -2,6 +2,8 @@
 
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 
+from .checkpoint import tower_config
+
 # Where the snippets name the repository; `push` puts the real name in its place.
 REPO_PLACEHOLDER = "OWNER/NAME"
 AGPL_URL = "https://www.gnu.org/licenses/agpl-3.0.html"
@@ -140,12 +142,13 @@ def model_card(
         detector: the checkpoint that the included detector weights came from; None: none are included.
         notes: Markdown for the end: training data, figures.
     """
+    tower = tower_config(config)
     return _CARD.format(
         front_matter=_front_matter(base_model, licence, detector),
         name=name,
         placeholder=REPO_PLACEHOLDER,
-        side=config.vision_config.image_size,
-        patch=config.vision_config.patch_size,
+        side=tower.image_size,
+        patch=tower.patch_size,
         layout=_LAYOUT if config.separator_token_ids is None else _LAYOUT_WITH_SEPARATORS,
         facts="\n".join(f"- {fact}" for fact in _facts(config, base_model)),
         detector=_OWN_DETECTOR.format(source=detector) if detector else _NO_DETECTOR,
@@ -177,9 +180,9 @@ def notice_text(detector: str) -> str:
 
 
 def _facts(config: BackdropConfig, base_model: str | None) -> list[str]:
-    text = config.text_config
+    text = config.get_text_config()
     facts = [
-        f"Vision tower: {TOWER_NAMES[config.vision_config.model_type]}, {config.num_patches} patches.",
+        f"Vision tower: {TOWER_NAMES[tower_config(config).model_type]}, {config.num_patches} patches.",
         f"Language model: {text.model_type}, {text.num_hidden_layers} layers, width {text.hidden_size}.",
         f"Prefusion layers: {config.num_prefusion_layers}.",
     ]

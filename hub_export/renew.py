@@ -7,6 +7,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 
@@ -34,7 +35,7 @@ def outdated(
     return {name: text for name, text in wanted.items() if text != _read(folder / name)}
 
 
-def renew(folder: Path, **options) -> list[str]:
+def renew(folder: Path, **options: Any) -> list[str]:
     """Writes what is `outdated`, removes code that no longer exists; the names of the files that it changed."""
     changes = outdated(folder, **options)
     for name, text in changes.items():

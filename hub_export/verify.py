@@ -36,14 +36,14 @@ def load_failures(folders: Sequence[str | Path]) -> list[str | None]:
     Raises:
         ValueError: one is no exported folder, or the process did not end within `TIMEOUT_S`.
     """
-    folders = [Path(folder).resolve() for folder in folders]
-    for folder in folders:
+    resolved = [Path(folder).resolve() for folder in folders]
+    for folder in resolved:
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} holds no config.json; wanted an exported folder.")
     with tempfile.TemporaryDirectory(prefix="backdrop-verify-") as home:
         try:
             done = subprocess.run(
-                [sys.executable, "-I", str(SCRIPT), *map(str, folders)],
+                [sys.executable, "-I", str(SCRIPT), *map(str, resolved)],
                 cwd=home,
                 env=clean_environment(home),
                 stdin=subprocess.DEVNULL,
@@ -54,9 +54,9 @@ def load_failures(folders: Sequence[str | Path]) -> list[str | None]:
             )
         except subprocess.TimeoutExpired:
             raise ValueError(
-                f"{', '.join(map(str, folders))} did not load in a clean process within {TIMEOUT_S} s; it was ended."
+                f"{', '.join(map(str, resolved))} did not load in a clean process within {TIMEOUT_S} s; it was ended."
             ) from None
-    return _reasons(done, len(folders))
+    return _reasons(done, len(resolved))
 
 
 def clean_environment(home: str | Path) -> dict[str, str]:

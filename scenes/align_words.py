@@ -73,7 +73,13 @@ def targets(table: dict[str, torch.Tensor], labels: dict[str, np.ndarray]) -> to
     return sum(table[head][torch.from_numpy(labels[head])] for head in table)
 
 
-def _batch(model, data: SceneArrays, rows: np.ndarray, grow: np.ndarray, apart: np.ndarray):
+def _batch(
+    model: BackdropForConditionalGeneration,
+    data: SceneArrays,
+    rows: np.ndarray,
+    grow: np.ndarray,
+    apart: np.ndarray,
+) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
     owner, mask = split_patches(data.object_patches[grow, rows], apart)
     with torch.no_grad():
         features = group_features(model.model.vision_tower, data.pixels[rows][owner], mask)
@@ -82,7 +88,9 @@ def _batch(model, data: SceneArrays, rows: np.ndarray, grow: np.ndarray, apart: 
 
 
 @torch.no_grad()
-def accuracy(model, table: dict[str, torch.Tensor], data: SceneArrays) -> dict[str, float]:
+def accuracy(
+    model: BackdropForConditionalGeneration, table: dict[str, torch.Tensor], data: SceneArrays
+) -> dict[str, float]:
     """Of the patches that have a name, the share whose projection is nearest (dot product less half the square) to it."""
     model.eval()
     right = dict.fromkeys(WORDS, 0)

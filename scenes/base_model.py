@@ -59,7 +59,7 @@ def scene_tokenizer(num_scenes: int = 400, seed: int = 0) -> PreTrainedTokenizer
 
 def load_language_model(source: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     """A pretrained Llama in fp32 and its tokenizer, from a folder or a GGUF file (needs `gguf`)."""
-    where = {"pretrained_model_name_or_path": source}
+    where: dict[str, str | Path] = {"pretrained_model_name_or_path": source}
     if source.suffix == ".gguf":
         where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)

@@ -156,7 +156,7 @@ def measure_detector(
         results = model.predict(images, imgsz=DETECTOR_SIZE, conf=confidence, device="cpu", verbose=False)
         for scene, result in zip(chunk, results, strict=True):
             boxes, classes = result.boxes.xyxy.cpu().numpy(), result.boxes.cls.cpu().numpy().astype(int)
-            matched = np.zeros(len(boxes), dtype=bool)
+            matched: np.ndarray = np.zeros(len(boxes), dtype=bool)
             for item in scene.objects:
                 hits = (classes == DETECTOR_CLASSES.index(item.name)) & (_iou(item.xyxy, boxes) >= 0.5)
                 present[item.name] += 1

@@ -36,14 +36,17 @@ COLOUR_NAMES = tuple(COLOURS)
 def shade(rgb: RGB, factor: float) -> RGB:
     """The colour mixed with white (factor > 1) or black (factor < 1)."""
     if factor <= 1:
-        return tuple(round(c * factor) for c in rgb)
-    return tuple(round(c + (255 - c) * (factor - 1)) for c in rgb)
+        red, green, blue = (round(c * factor) for c in rgb)
+    else:
+        red, green, blue = (round(c + (255 - c) * (factor - 1)) for c in rgb)
+    return red, green, blue
 
 
 def jitter(rgb: RGB, rng: random.Random, spread: int = 9) -> RGB:
     """The colour a little lighter or darker; its hue hardly moves, so that its name stays right."""
     light = rng.randint(-spread, spread)
-    return tuple(min(255, max(0, c + light + rng.randint(-3, 3))) for c in rgb)
+    red, green, blue = (min(255, max(0, c + light + rng.randint(-3, 3))) for c in rgb)
+    return red, green, blue
 
 
 def ink_on(rgb: RGB) -> RGB:
@@ -78,9 +81,11 @@ class Layer:
         return x0, y0, x1 - 1, y1 - 1
 
     def rectangle(self, xyxy: Sequence[float], fill: Sequence[int], radius: float = 0) -> None:
+        """A filled rectangle; corners and radius of its rounding in design pixels."""
         self._draw.rounded_rectangle(self._corners(xyxy), radius * self._scale, fill=tuple(fill))
 
     def ellipse(self, xyxy: Sequence[float], fill: Sequence[int]) -> None:
+        """A filled ellipse within the box, in design pixels."""
         self._draw.ellipse(self._corners(xyxy), fill=tuple(fill))
 
     def pie(self, xyxy: Sequence[float], start: float, end: float, fill: Sequence[int]) -> None:
@@ -88,6 +93,7 @@ class Layer:
         self._draw.pieslice(self._corners(xyxy), start, end, fill=tuple(fill))
 
     def polygon(self, points: Sequence[tuple[float, float]], fill: Sequence[int]) -> None:
+        """A filled polygon; corners in design pixels."""
         self._draw.polygon(
             [(round(x * self._scale), round(y * self._scale)) for x, y in points], fill=tuple(fill)
         )
@@ -107,6 +113,7 @@ class Layer:
         self._draw = ImageDraw.Draw(self._large)
 
     def flatten(self) -> Image.Image:
+        """The picture as RGBA: shapes reduced to their size, the text over them."""
         image = self._large.reduce(_OVERSAMPLING)
         for mask, xy, fill in self._text:
             glyph = Image.new("RGBA", mask.size, fill)

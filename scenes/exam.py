@@ -103,10 +103,10 @@ def scene_questions(
             old_answer = _answer_in(earlier, question)
             if not stale or old_answer != question.answer or _object_changed(earlier, scene, question):
                 asked.append(SceneQuestion(f"{number}/{k}", question, old_answer))
-        images = [earlier.image, scene.image]
+        images = earlier.image, scene.image
         if disturb:
-            images = [disturbed(image, 2 * number + i) for i, image in enumerate(images)]
-        yield SceneCase(number, earlier, scene, *images, tuple(asked))
+            images = disturbed(earlier.image, 2 * number), disturbed(scene.image, 2 * number + 1)
+        yield SceneCase(number, earlier, scene, images[0], images[1], tuple(asked))
 
 
 def _named_class(family: str, question: Question) -> str | None:
@@ -130,7 +130,9 @@ def _object_changed(earlier: Scene, scene: Scene, question: Question) -> bool:
     if question.about == "background":
         return False
     names = scene_family(scene.family).answered_by[question.topic]
-    names = names or (_named_class(scene.family, question),)
+    if not names:
+        named = _named_class(scene.family, question)
+        names = () if named is None else (named,)
     boxes = [sorted(o.xyxy for o in frame.objects if o.name in names) for frame in (earlier, scene)]
     return boxes[0] != boxes[1]
 

@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
+
 from backdrop.data.atomic import write_atomically
 from backdrop.evaluation.metrics import METRICS, figures
 from backdrop.evaluation.run import reuse
@@ -17,7 +19,7 @@ def _groups(record: dict) -> list[str]:
 
 
 def _figures(records: list[dict], baseline: list[dict] | None = None, answers: str = "answers") -> dict:
-    def counts(rows):
+    def counts(rows: list[dict]) -> np.ndarray:
         wanted = [r[answers] if answers == "answers" else [r[answers]] for r in records]
         return EXACT.counts([row["prediction"] for row in rows], wanted)
 

@@ -99,7 +99,7 @@ class ClassMaps:
         labels = {}
         for head, classes in self._classes.items():
             pixels = self._maps[head].reshape(side, step, side, step).swapaxes(1, 2).reshape(side * side, -1)
-            offsets = np.arange(side * side)[:, None] * classes
+            offsets: np.ndarray = np.arange(side * side)[:, None] * classes
             counts = np.bincount((pixels + offsets).ravel(), minlength=side * side * classes)
             counts = counts.reshape(side * side, classes)
             if head == "thing":
@@ -124,7 +124,7 @@ def box_patches(
     `boxes_xyxy` are half-open boxes in pixels; `grow` widens every box by that many whole patches on each side.
     """
     side = size // patch_size
-    mask = np.zeros((side, side), dtype=bool)
+    mask: np.ndarray = np.zeros((side, side), dtype=bool)
     for x0, y0, x1, y1 in boxes_xyxy:
         left, top = (max(0, int(v // patch_size) - grow) for v in (x0, y0))
         right, bottom = (max(0, int(-(-v // patch_size)) + grow) for v in (x1, y1))

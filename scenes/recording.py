@@ -37,7 +37,7 @@ class _MovingThing:
 
 
 def write_recording(
-    path,
+    path: str | Path,
     frames: int,
     seed: int,
     size: tuple[int, int] = (640, 480),
@@ -65,7 +65,7 @@ def write_recording(
     import cv2
 
     codec = "mp4v" if path.suffix.lower() == ".mp4" else "MJPG"
-    video = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), 25, size)
+    video = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), 25, size)
     if not video.isOpened():
         raise ValueError(f"OpenCV cannot write {path} with codec {codec}; wanted a build that has it.")
     for data in coded:
@@ -150,7 +150,7 @@ def _background(size: tuple[int, int], seed: int) -> np.ndarray:
     """float32 `[H, W, 3]`: a photo that ultralytics ships, or clouds of noise."""
     # Found, not imported: the import takes seconds.
     spec = importlib.util.find_spec("ultralytics")
-    if spec is not None:
+    if spec is not None and spec.origin is not None:
         photo = Path(spec.origin).parent / "assets" / ("zidane.jpg", "bus.jpg")[seed % 2]
         if photo.is_file():
             with Image.open(photo) as image:
@@ -161,7 +161,7 @@ def _background(size: tuple[int, int], seed: int) -> np.ndarray:
 def _clouds(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
     """Noise of several scales around mid grey, float32 `[H, W, 3]`."""
     width, height = size
-    sum_of_scales = np.full((height, width, 3), 128, dtype=np.float32)
+    sum_of_scales: np.ndarray = np.full((height, width, 3), 128, dtype=np.float32)
     for cells in (3, 8, 24, 64):
         coarse = rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
         fine = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)

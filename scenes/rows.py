@@ -27,7 +27,7 @@ from backdrop.data.stored import STRUCTURED_FEATURES, structured
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.patch_groups_backdrop import PatchGroup, group_to_image, save_group
 
-from .world import FAMILIES, TOPICS, Scene, background_seeds, disturbed, render_scene, scene_family
+from .world import FAMILIES, TOPICS, Scene, Split, background_seeds, disturbed, render_scene, scene_family
 
 FEATURES = Features(
     {
@@ -55,9 +55,14 @@ def row_groups(
     """Groups of each image in its form; `earlier` are the other frames that pairs take their background from.
 
     Where the matcher refuses a pair, the image is split.
+
+    Raises:
+        ValueError: background matching is not enabled.
     """
     groups: dict[int, list[PatchGroup]] = {}
     matcher = processor.background_matching
+    if matcher is None:
+        raise ValueError("background matching is off; wanted processor.enable_background_matching() before.")
     for form in ("whole", "split"):
         members = [i for i, name in enumerate(forms) if name == form]
         with matcher.scope(bypass=True):
@@ -99,7 +104,7 @@ def conversation(
 
 def rows(
     processor: BackdropImageProcessor,
-    split: str,
+    split: Split,
     scenes: int,
     seed: int,
     questions: int,

@@ -61,6 +61,7 @@ class SceneArrays:
         return len(self.pixels)
 
     def first(self, count: int) -> SceneArrays:
+        """The first `count` scenes, as views."""
         labels = {head: label[:count] for head, label in self.labels.items()}
         return SceneArrays(self.pixels[:count], self.object_patches[:, :count], labels)
 
@@ -79,7 +80,9 @@ def open_scenes(folder: Path, split: Split, count: int, seed: int) -> SceneArray
 
 def _draw_scenes(paths: dict[str, Path], split: Split, count: int, seed: int) -> None:
     partial = {name: path.with_suffix(".partial") for name, path in paths.items()}
-    shapes = dict.fromkeys(DENSE_LABELS, ((count, NUM_PATCHES), np.int64))
+    shapes: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
+        head: ((count, NUM_PATCHES), np.int64) for head in DENSE_LABELS
+    }
     shapes["pixels"] = ((count, 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     shapes["object_patches"] = ((2, count, NUM_PATCHES), np.bool_)
     arrays = {
@@ -192,7 +195,7 @@ def evaluate(tower: CLIPVisionModel, heads: DenseHeads, data: SceneArrays, apart
             right_labelled[head] += int(hit[truth > 0].sum())
             labelled[head] += int((truth > 0).sum())
             if head == "glyph":
-                image_of_patch = np.repeat(owner, mask.sum(1))
+                image_of_patch: np.ndarray = np.repeat(owner, mask.sum(1))
                 read += len(rows) - len(np.unique(image_of_patch[~hit & (truth > 0)]))
     accuracy = {head: right[head] / (len(data) * NUM_PATCHES) for head in DENSE_LABELS}
     accuracy |= {f"{head}_labelled": right_labelled[head] / max(1, labelled[head]) for head in DENSE_LABELS}

@@ -25,15 +25,20 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
+from typing import Any, TypeAlias
 
 import openai
+from openai.types.chat import ChatCompletion
 from PIL import Image, ImageOps
 
 from backdrop.processing.image_loading_backdrop import array_to_image, load_image, rgb_array
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
-from .frames import FrameSplitter, SplitFrame
+from .frames import Frame, FrameSplitter, SplitFrame
 from .prompts import check_prompt_tokens, engine_probe, prompt_tokens, suppressed_tokens
+
+Frames: TypeAlias = Frame | list[Frame] | tuple[Frame, ...]
+ProcessorSource: TypeAlias = BackdropProcessor | str | os.PathLike[str]
 
 GATEWAY_MARK = "backdrop_gateway"  # in a gateway's list of models
 
@@ -74,7 +79,7 @@ class PreparedRequest:
     tokens: int | None
     frames: tuple[SplitFrame, ...]
 
-    def answer(self, completion) -> Answer:
+    def answer(self, completion: ChatCompletion) -> Answer:
         """The answer of a completion.
 
         Raises:
@@ -103,18 +108,33 @@ class Preparation:
 
     Attributes:
         ready: whether the engine has been probed.
-        model: the name of the model; None until `choose_model`.
-        processor, splitter: None until `choose_model`, and at a gateway.
+        splitter: None until `choose_model`, and at a gateway.
     """
 
-    def __init__(self, processor, model: str | None, tolerance: float, matching: dict):
+    def __init__(
+        self, processor: ProcessorSource | None, model: str | None, tolerance: float, matching: dict[str, Any]
+    ) -> None:
         self._given = processor
         self._wanted_model = model
         self._tolerance, self._matching = tolerance, matching
         self.ready = False
-        self.model: str | None = None
-        self.processor: BackdropProcessor | None = None
         self.splitter: FrameSplitter | None = None
+        self._model: str | None = None
+        self._processor: BackdropProcessor | None = None
+
+    @property
+    def model(self) -> str:
+        """The model's name on the engine; a `RuntimeError` before `choose_model`."""
+        if self._model is None:
+            raise RuntimeError("no model is chosen yet; wanted the client to connect first.")
+        return self._model
+
+    @property
+    def processor(self) -> BackdropProcessor:
+        """The served model's; a `RuntimeError` before `choose_model`, and at a gateway, which has its own."""
+        if self._processor is None:
+            raise RuntimeError("no processor is loaded; wanted the client to connect first, to an engine.")
+        return self._processor
 
     def choose_model(self, models: list) -> None:
         """Chooses one of the engine's models and loads its processor, unless the server is a gateway.
@@ -128,31 +148,39 @@ class Preparation:
             raise ValueError(f"the engine serves {names}; wanted {self._wanted_model or 'a model'}.")
         found = models[names.index(name)]
         if not getattr(found, GATEWAY_MARK, False) and self.splitter is None:
-            source = self._given
-            if source is None or isinstance(source, str) or hasattr(source, "__fspath__"):
-                source = BackdropProcessor.from_pretrained(source or getattr(found, "root", None) or name)
-            self.splitter = FrameSplitter(source, self._tolerance, **self._matching)
-            self.processor = source
-        self.model = name
+            given = self._given
+            if given is None or isinstance(given, str | os.PathLike):
+                given = BackdropProcessor.from_pretrained(given or getattr(found, "root", None) or name)
+            self.splitter = FrameSplitter(given, self._tolerance, **self._matching)
+            self._processor = given
+        self._model = name
 
     def messages(
-        self, frames: Sequence, question: str, system: str | None, namespace: str, match: bool
+        self, frames: Sequence[Frame], question: str, system: str | None, namespace: str, match: bool
     ) -> tuple[list[dict], tuple[SplitFrame, ...]]:
         """The messages of a question, and its frames as they were split (at a gateway: none)."""
-        if self.splitter is None:
-            split = ()
+        splitter = self.splitter
+        split: tuple[SplitFrame, ...] = ()
+        if splitter is None:
             parts = [_whole_frame(frame) for frame in frames]
         else:
-            split = tuple(self.splitter.split(frame, namespace, match) for frame in frames)
-            parts = [item.part() for frame in split for item in frame.items]
-        messages = [] if system is None else [{"role": "system", "content": system}]
+            split = tuple(splitter.split(frame, namespace, match) for frame in frames)
+            parts = [item.part() for group in split for item in group.items]
+        messages: list[dict] = [] if system is None else [{"role": "system", "content": system}]
         messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
         return messages, split
 
-    def prepare(self, frames, question, system, namespace, match, options) -> PreparedRequest:
+    def prepare(
+        self,
+        frames: Frames,
+        question: str,
+        system: str | None,
+        namespace: str,
+        match: bool,
+        options: dict[str, Any],
+    ) -> PreparedRequest:
         """The request of a question; `options` are further fields of the API."""
-        frames = frames if isinstance(frames, list | tuple) else [frames]
-        messages, split = self.messages(frames, question, system, namespace, match)
+        messages, split = self.messages(_listed(frames), question, system, namespace, match)
         body = {"model": self.model, "messages": messages, "temperature": 0.0, **options}
         if self.splitter is None:
             return PreparedRequest(body, None, ())
@@ -170,7 +198,11 @@ class Preparation:
             self.splitter.matcher.clear(namespace)
 
 
-def _whole_frame(frame) -> dict:
+def _listed(frames: Frames) -> list[Frame]:
+    return list(frames) if isinstance(frames, list | tuple) else [frames]
+
+
+def _whole_frame(frame: Frame) -> dict:
     """The content part of a whole frame, read as a processor reads it; a URL is left for the gateway to fetch."""
     if isinstance(frame, str) and frame.startswith(("http://", "https://", "data:")):
         return {"type": "image_url", "image_url": {"url": frame}}
@@ -207,12 +239,12 @@ class BackdropClient:
         base_url: str = "http://localhost:8000/v1",
         *,
         model: str | None = None,
-        processor=None,
+        processor: ProcessorSource | None = None,
         api_key: str | None = None,
         tolerance: float = 10.0,
-        matching: dict | None = None,
-        **openai_options,
-    ):
+        matching: dict[str, Any] | None = None,
+        **openai_options: Any,
+    ) -> None:
         self.preparation = Preparation(processor, model, tolerance, matching or {})
         self._options = {"base_url": base_url, "api_key": api_key or _environment_key(), **openai_options}
         self._connecting = threading.Lock()
@@ -224,13 +256,13 @@ class BackdropClient:
 
     def ask(
         self,
-        frames,
+        frames: Frames,
         question: str,
         *,
         system: str | None = None,
         namespace: str = "",
         match: bool = True,
-        **options,
+        **options: Any,
     ) -> Answer:
         """The answer to a question about one frame or several.
 
@@ -251,13 +283,13 @@ class BackdropClient:
 
     def stream(
         self,
-        frames,
+        frames: Frames,
         question: str,
         *,
         system: str | None = None,
         namespace: str = "",
         match: bool = True,
-        **options,
+        **options: Any,
     ) -> Iterator[str]:
         """The answer in pieces, as they come; the arguments are those of `ask`."""
         self.connect()
@@ -268,12 +300,17 @@ class BackdropClient:
                     yield chunk.choices[0].delta.content
 
     def messages(
-        self, frames, question: str, *, system: str | None = None, namespace: str = "", match: bool = True
+        self,
+        frames: Frames,
+        question: str,
+        *,
+        system: str | None = None,
+        namespace: str = "",
+        match: bool = True,
     ) -> list[dict]:
         """The messages of a question, to send with another client. Arguments as `ask` takes them."""
         self.connect()
-        frames = frames if isinstance(frames, list | tuple) else [frames]
-        return self.preparation.messages(frames, question, system, namespace, match)[0]
+        return self.preparation.messages(_listed(frames), question, system, namespace, match)[0]
 
     @contextlib.contextmanager
     def camera(self, name: str) -> Iterator[Camera]:
@@ -290,7 +327,7 @@ class BackdropClient:
     def __enter__(self) -> BackdropClient:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def connect(self) -> None:
@@ -320,12 +357,12 @@ class AsyncBackdropClient:
         base_url: str = "http://localhost:8000/v1",
         *,
         model: str | None = None,
-        processor=None,
+        processor: ProcessorSource | None = None,
         api_key: str | None = None,
         tolerance: float = 10.0,
-        matching: dict | None = None,
-        **openai_options,
-    ):
+        matching: dict[str, Any] | None = None,
+        **openai_options: Any,
+    ) -> None:
         self.preparation = Preparation(processor, model, tolerance, matching or {})
         self._options = {"base_url": base_url, "api_key": api_key or _environment_key(), **openai_options}
         self._connecting: asyncio.Lock | None = None
@@ -337,13 +374,13 @@ class AsyncBackdropClient:
 
     async def ask(
         self,
-        frames,
+        frames: Frames,
         question: str,
         *,
         system: str | None = None,
         namespace: str = "",
         match: bool = True,
-        **options,
+        **options: Any,
     ) -> Answer:
         """See `BackdropClient.ask`."""
         await self.connect()
@@ -354,13 +391,13 @@ class AsyncBackdropClient:
 
     async def stream(
         self,
-        frames,
+        frames: Frames,
         question: str,
         *,
         system: str | None = None,
         namespace: str = "",
         match: bool = True,
-        **options,
+        **options: Any,
     ) -> AsyncIterator[str]:
         """See `BackdropClient.stream`."""
         await self.connect()
@@ -373,12 +410,19 @@ class AsyncBackdropClient:
                     yield chunk.choices[0].delta.content
 
     async def messages(
-        self, frames, question: str, *, system: str | None = None, namespace: str = "", match: bool = True
+        self,
+        frames: Frames,
+        question: str,
+        *,
+        system: str | None = None,
+        namespace: str = "",
+        match: bool = True,
     ) -> list[dict]:
         """See `BackdropClient.messages`."""
         await self.connect()
-        frames = frames if isinstance(frames, list | tuple) else [frames]
-        found = await asyncio.to_thread(self.preparation.messages, frames, question, system, namespace, match)
+        found = await asyncio.to_thread(
+            self.preparation.messages, _listed(frames), question, system, namespace, match
+        )
         return found[0]
 
     @contextlib.asynccontextmanager
@@ -396,7 +440,7 @@ class AsyncBackdropClient:
     async def __aenter__(self) -> AsyncBackdropClient:
         return self
 
-    async def __aexit__(self, *exc) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         await self.close()
 
     async def connect(self) -> None:
@@ -421,11 +465,11 @@ class Camera:
     client: BackdropClient
     namespace: str
 
-    def ask(self, frames, question: str, **options) -> Answer:
+    def ask(self, frames: Frames, question: str, **options: Any) -> Answer:
         """See `BackdropClient.ask`."""
         return self.client.ask(frames, question, namespace=self.namespace, **options)
 
-    def stream(self, frames, question: str, **options) -> Iterator[str]:
+    def stream(self, frames: Frames, question: str, **options: Any) -> Iterator[str]:
         """See `BackdropClient.stream`."""
         return self.client.stream(frames, question, namespace=self.namespace, **options)
 
@@ -437,11 +481,11 @@ class AsyncCamera:
     client: AsyncBackdropClient
     namespace: str
 
-    async def ask(self, frames, question: str, **options) -> Answer:
+    async def ask(self, frames: Frames, question: str, **options: Any) -> Answer:
         """See `BackdropClient.ask`."""
         return await self.client.ask(frames, question, namespace=self.namespace, **options)
 
-    def stream(self, frames, question: str, **options) -> AsyncIterator[str]:
+    def stream(self, frames: Frames, question: str, **options: Any) -> AsyncIterator[str]:
         """See `BackdropClient.stream`."""
         return self.client.stream(frames, question, namespace=self.namespace, **options)
 

@@ -129,7 +129,7 @@ class Dispatcher:
         return self._client.build_request(
             "POST",
             f"{replica.url}/v1/chat/completions",
-            content=request.body_for(replica.model),
+            content=request.body_for(replica.served_model),
             headers={"Content-Type": "application/json"},
             timeout=httpx.Timeout(silence, connect=CONNECT_SECONDS),
         )

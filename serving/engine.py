@@ -57,8 +57,7 @@ class Engine:
             _, writer = await asyncio.open_connection(host, port)
             writer.close()
             raise RuntimeError(f"port {port} of {host} is in use; wanted a free one for the engine.")
-        await self._launch()
-        self._task = asyncio.create_task(self._watch())
+        self._task = asyncio.create_task(self._watch(await self._launch()))
 
     async def ready(self, seconds: float) -> None:
         """Waits until the server answers /health.
@@ -67,12 +66,16 @@ class Engine:
             seconds: how long at most.
 
         Raises:
-            RuntimeError: it ended, or did not answer in time; the message holds the last lines of its log.
+            RuntimeError: it was never started, or ended, or did not answer in time; of the last two the message holds
+                the last lines of its log.
         """
+        watching = self._task
+        if watching is None:
+            raise RuntimeError("the engine was not started; wanted `start` before `ready`.")
         deadline = asyncio.get_running_loop().time() + seconds
         async with httpx.AsyncClient(trust_env=False, timeout=min(5.0, seconds)) as client:
             while asyncio.get_running_loop().time() < deadline:
-                if self.restarts or self._task.done():
+                if self.restarts or watching.done():
                     raise RuntimeError(f"the engine ended while it started.\n{self._last_lines()}")
                 with contextlib.suppress(httpx.HTTPError):
                     if (await client.get(f"{self.settings.url}/health")).status_code == 200:
@@ -99,9 +102,9 @@ class Engine:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
-    async def _launch(self) -> None:
+    async def _launch(self) -> asyncio.subprocess.Process:
         with self.log.open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(
+            process = await asyncio.create_subprocess_exec(
                 *self.settings.command(),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
@@ -109,13 +112,15 @@ class Engine:
                 env=self.settings.environment(),
                 start_new_session=True,  # Ctrl-C reaches only us, and its workers can be signalled as one group
             )
+        self._process = process
+        return process
 
-    async def _watch(self) -> None:
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
         first, longest = RESTART_SECONDS
         pause = first
         while True:
             began = asyncio.get_running_loop().time()
-            code = await self._process.wait()
+            code = await process.wait()
             if self._stopping:
                 return
             self._signal(signal.SIGKILL)
@@ -132,7 +137,7 @@ class Engine:
             await asyncio.sleep(pause)
             pause = min(2 * pause, longest)
             try:
-                await self._launch()
+                process = await self._launch()
             except OSError as error:  # out of memory, or the program was moved: the next try may succeed
                 logger.error("the engine at %s cannot be started: %s", self.settings.url, error)
 

@@ -111,7 +111,7 @@ def check_part_fields(where: str, part: object) -> str:
         ApiError: 400, names the part or its field.
     """
     kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(kind, str) or kind not in PART_FIELDS:
+    if not isinstance(part, dict) or not isinstance(kind, str) or kind not in PART_FIELDS:
         raise ApiError(400, f"{where} has the type {kind!r:.40}; wanted text or image_url", "invalid_body")
     if part.get("uuid") is not None:
         raise ApiError(400, f"{where}.uuid cannot be set: the gateway hashes the pixels", "field_refused")

@@ -5,13 +5,16 @@ never compares with the pixels; so the uuid must be a hash of them, and equal pi
 """
 
 import base64
+import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from hashlib import blake2b
 from io import BytesIO
+from typing import Any, TypeAlias
 
 import numpy as np
+from PIL import Image
 
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.matches_backdrop import MatchReport
@@ -24,6 +27,8 @@ from backdrop.processing.patch_groups_backdrop import (
 )
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
+# What is read as one frame: an image, an array (H x W x 3), a path or a URL.
+Frame: TypeAlias = Image.Image | np.ndarray | str | os.PathLike[str]
 KEY_BYTES = 20
 FAST_COMPRESSION = 1  # zlib level of the PNGs, which are sent once and not kept
 # Less than the matcher's own 0.3: the backgrounds of two strangers may differ only in a sign. With 0.3 they match, the
@@ -92,8 +97,11 @@ class FrameSplitter:
     """
 
     def __init__(
-        self, processor: BackdropProcessor | BackdropImageProcessor, tolerance: float = 10.0, **matching
-    ):
+        self,
+        processor: BackdropProcessor | BackdropImageProcessor,
+        tolerance: float = 10.0,
+        **matching: Any,
+    ) -> None:
         images = getattr(processor, "image_processor", processor)
         if not isinstance(images, BackdropImageProcessor):
             raise TypeError(
@@ -124,7 +132,9 @@ class FrameSplitter:
         """Loads the detector, which is otherwise loaded when the first image is split."""
         self.processor.load_detector()
 
-    def split(self, frame, namespace: str = "", match: bool = True, split: bool = True) -> SplitFrame:
+    def split(
+        self, frame: Frame | PatchGroup, namespace: str = "", match: bool = True, split: bool = True
+    ) -> SplitFrame:
         """The patch groups of a frame.
 
         Args:
@@ -143,8 +153,10 @@ class FrameSplitter:
             groups = self.processor.image_groups([frame], split=split)[0]
         items = tuple(self.item(group) for group in groups)
         report: MatchReport | None = self._report.value
-        known = report is not None and report.reference is not None and not report.refreshed
-        return SplitFrame(items, int((~report.fresh).sum()) if known else 0, len(groups[0].patch_mask))
+        reused = 0
+        if report is not None and report.reference is not None and not report.refreshed:
+            reused = int((~report.fresh).sum())
+        return SplitFrame(items, reused, len(groups[0].patch_mask))
 
     def item(self, group: PatchGroup) -> GroupItem:
         """A group, hashed and encoded; the PNGs of the last `ENCODED_GROUPS` backgrounds are not made again."""

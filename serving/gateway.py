@@ -19,10 +19,12 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import httpx
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -73,7 +75,7 @@ class Gateway:
         upstream: httpx.AsyncBaseTransport | None = None,
         fetcher: ImageFetcher | None = None,
     ):
-        self.settings, self.processor = settings, processor
+        self.settings, self._processor = settings, processor
         limits = settings.limits
         self.metrics = GatewayMetrics()
         self.tenants = Tenants(settings)
@@ -96,9 +98,23 @@ class Gateway:
             self._show_replica(replica)
         self.dispatcher = Dispatcher(settings, self.replicas, self.client, self.metrics)
         self.streamer = AnswerStreamer(self.dispatcher, limits, self.metrics)
-        self.splitter: FrameSplitter | None = None
+        self._splitter: FrameSplitter | None = None
         self.model: str | None = None  # the name that clients see: the first replica's that came up
         self.workers = ThreadPoolExecutor(settings.workers, "backdrop-split")
+
+    @property
+    def processor(self) -> BackdropProcessor:
+        """The served model's; a `RuntimeError` until `lifespan` has loaded it, where none was given."""
+        if self._processor is None:
+            raise RuntimeError("the gateway has no processor yet; wanted its lifespan to be entered first.")
+        return self._processor
+
+    @property
+    def splitter(self) -> FrameSplitter:
+        """Splits the images and holds all tenants' references; a `RuntimeError` until `lifespan` has made it."""
+        if self._splitter is None:
+            raise RuntimeError("the gateway has no splitter yet; wanted its lifespan to be entered first.")
+        return self._splitter
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -123,10 +139,10 @@ class Gateway:
             ValueError: no processor was given, and no replica says where its model is.
         """
         try:
-            if self.processor is None:
+            if self._processor is None:
                 source = self.settings.processor or await self._engine_source()
-                self.processor = await self._in_thread(BackdropProcessor.from_pretrained, source)
-            self.splitter = FrameSplitter(self.processor, **self.settings.matching.model_dump())
+                self._processor = await self._in_thread(BackdropProcessor.from_pretrained, source)
+            self._splitter = FrameSplitter(self.processor, **self.settings.matching.model_dump())
             if self.settings.split:
                 await self._in_thread(self.splitter.load_detector)  # now, not within the first request
             await self.replicas.start()
@@ -216,9 +232,9 @@ class Gateway:
 
     async def _answer(self, request: Request, tenant: str, started: float, slot: Slot) -> Response:
         """The answer to a chat request; `slot` is released when it has ended, unless this raises."""
-        self._served_model()
+        model = self._served_model()
         data = await read_body(request, self.settings.limits)
-        chat = await self._in_thread(self._read_chat, data)
+        chat = await self._in_thread(self._read_chat, data, model)
         del data  # as large as its images
         sent = await self._for_engine(chat, self.tenants.cache_salt(tenant), request)
         if chat.streams:
@@ -232,12 +248,12 @@ class Gateway:
 
     # ---- from the client's request to the engine's
 
-    def _read_chat(self, data: bytes) -> ChatRequest:
+    def _read_chat(self, data: bytes, model: str) -> ChatRequest:
         limits, tokenizer = self.settings.limits, self.processor.tokenizer
         body = parse_body(data, limits.body_values)
         special = list(tokenizer.all_special_tokens)
         special += [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        return read_chat(body, limits, tuple(dict.fromkeys(special)), self.model)
+        return read_chat(body, limits, tuple(dict.fromkeys(special)), model)
 
     async def _for_engine(self, chat: ChatRequest, cache_salt: str, request: Request) -> EngineRequest:
         """Fetches, decodes and splits the images; references are the tenant's own, by its cache salt."""
@@ -267,11 +283,11 @@ class Gateway:
             raise ApiError(503, "no replica is up", "no_replica", self.settings.health_seconds)
         return self.model
 
-    def _in_thread(self, function: Callable, *arguments) -> asyncio.Future:
+    def _in_thread(self, function: Callable, *arguments: Any) -> asyncio.Future:
         return asyncio.get_running_loop().run_in_executor(self.workers, partial(function, *arguments))
 
 
-async def _not_found(request: Request, error) -> Response:
+async def _not_found(request: Request, error: HTTPException) -> Response:
     return refusal(
         ApiError(
             error.status_code,
@@ -281,6 +297,6 @@ async def _not_found(request: Request, error) -> Response:
     )
 
 
-def make_app(settings: GatewaySettings, **parts) -> Starlette:
+def make_app(settings: GatewaySettings, **parts: Any) -> Starlette:
     """The gateway as an ASGI application; `parts` are `Gateway`'s other arguments."""
     return Gateway(settings, **parts).app()

@@ -11,7 +11,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 class GatewayMetrics:
     """One gateway's metrics, in a registry of their own; all names begin with backdrop_."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("backdrop_requests", "Chat requests by status", ["status"], registry=registry)
         self.in_flight = Gauge("backdrop_requests_in_flight", "Requests in progress", registry=registry)

@@ -73,9 +73,9 @@ def engine_probe(
     """
     images = splitter.processor
     side = images.image_side
-    owned = np.zeros(images.num_patches, dtype=bool)
+    owned: np.ndarray = np.zeros(images.num_patches, dtype=bool)
     owned[0] = True
-    pixels = np.zeros((side, side, 3), dtype=np.uint8)
+    pixels: np.ndarray = np.zeros((side, side, 3), dtype=np.uint8)
     item = splitter.item(make_group(pixels, owned, BACKGROUND, images.patch_size))
     messages = [{"role": "user", "content": [item.part(), {"type": "text", "text": "?"}]}]
     wanted = prompt_tokens(processor, messages, [item])

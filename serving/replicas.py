@@ -44,6 +44,13 @@ class Replica:
     in_flight: int = 0
     timeouts: int = 0
 
+    @property
+    def served_model(self) -> str:
+        """`model` of a replica that has been up; a `RuntimeError` before."""
+        if self.model is None:
+            raise RuntimeError(f"{self.url} was never up; wanted a replica that has passed the probe.")
+        return self.model
+
 
 class Replicas:
     """Checks the engines' health, and ranks them for a request.

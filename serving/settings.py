@@ -123,7 +123,7 @@ class GatewaySettings(BaseModel):
         return keys
 
 
-def load_settings(path: str | Path, **changes) -> GatewaySettings:
+def load_settings(path: str | Path, **changes: object) -> GatewaySettings:
     """Settings from a YAML file.
 
     Args:
@@ -150,7 +150,7 @@ def read_settings(path: str | Path) -> dict:
     return {str(name): value for name, value in values.items()}
 
 
-def make_settings(source: str = "settings", /, **values) -> GatewaySettings:
+def make_settings(source: str = "settings", /, **values: object) -> GatewaySettings:
     """Validated settings.
 
     Args:

@@ -22,7 +22,7 @@ def kv_bytes_per_token(config: BackdropConfig, dtype: str = "auto") -> int:
         config: the served model's; its prefusion layers count as layers.
         dtype: "float32", "float16" or "bfloat16"; "auto" is the configuration's own, float32 where it has none.
     """
-    text = config.text_config
+    text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     if dtype == "auto":

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 import httpx
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from .admission import Slot
 from .answers import END_OF_STREAM, error_event, is_engine_failure, plain_answer, usage_event
@@ -121,7 +122,7 @@ class EventStream(StreamingResponse):
         super().__init__(events, media_type="text/event-stream")
         self._generators, self._slot, self._seconds = (events, lines), slot, seconds
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events; an ASGI application."""
         try:
             await asyncio.wait_for(super().__call__(scope, receive, send), self._seconds)

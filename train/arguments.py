@@ -7,7 +7,7 @@ quantisation). The command line overrides it.
 import argparse
 import shutil
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -192,6 +192,7 @@ class RecipeParser(TrlParser):
         self.folders = tuple(folders)
 
     def format_help(self) -> str:
+        """The help page: our own options first, in groups, then TRL's."""
         # Of a switch there are two, --train and --no_train; the first is the one to show.
         actions: dict[str, argparse.Action] = {}
         for action in self._actions:
@@ -211,7 +212,7 @@ class RecipeParser(TrlParser):
                 ]
             ),
         ]
-        groups = dict(GROUPS)
+        groups: dict[str, Sequence[str]] = dict(GROUPS)
         groups["TRL's ModelConfig: precision, quantisation, LoRA"] = [
             f.name for f in fields(ModelConfig) if f.name not in USE_INSTEAD
         ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from backdrop.hub_export.chat_template import chat_template
@@ -82,7 +82,7 @@ class ModelArguments:
         default=6.0, metadata={"help": "Outlier threshold of load_in_8bit; 0: outliers are not kept apart."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # A recipe's values are argparse's defaults, which it does not check against `choices`.
         for options, name in ((SEPARATORS, "separators"), (IMAGE_POSITIONS, "image_position")):
             value = getattr(self, name)
@@ -102,7 +102,9 @@ def build_config(arguments: ModelArguments) -> BackdropConfig:
     return config
 
 
-def outline(arguments: ModelArguments, attn_implementation: str | None = None, dtype=torch.float32):
+def outline(
+    arguments: ModelArguments, attn_implementation: str | None = None, dtype: torch.dtype = torch.float32
+) -> BackdropForConditionalGeneration:
     """The recipe's model on the meta device, without weights."""
     with torch.device("meta"):
         model = BackdropForConditionalGeneration._from_config(
@@ -221,7 +223,7 @@ def _system_prompt(processor: BackdropProcessor) -> str:
     return text.removeprefix(bos).split("USER: ", 1)[0].strip()
 
 
-def _tokenizer_with_separators(arguments: ModelArguments):
+def _tokenizer_with_separators(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     tokenizer = BackdropProcessor.from_pretrained(arguments.model).tokenizer
     BackdropProcessor.add_tokens(tokenizer)
     return tokenizer

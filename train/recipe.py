@@ -92,6 +92,8 @@ def outline_trainable(arguments: BackdropArguments, options: ModelConfig) -> nn.
 
 def training_dataset(arguments: BackdropArguments) -> tuple[Dataset | IterableDataset, BadRows]:
     """The recipe's dataset and its unusable rows, which are logged; of a stream they are known once it was read."""
+    if arguments.dataset is None:
+        raise ValueError("dataset is None; wanted a folder or a Hub id.")
     dataset, bad_rows = load_rows(
         arguments.dataset_name,
         arguments.dataset,

@@ -4,13 +4,14 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from backdrop.modeling.configuration_backdrop import BACKGROUND, OBJECT
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
@@ -206,7 +207,7 @@ class TrainableCheck(TrainerCallback):
         kinds: group kinds in the batches so far, which the trainer adds to.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.kinds: set[int] = set()
         self._frozen: dict[str, tuple] = {}
         self._waiting: dict[str, nn.Parameter] = {}
@@ -214,7 +215,15 @@ class TrainableCheck(TrainerCallback):
         self._hooks: list = []
         self._stepped = False
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Notes the frozen values, and watches for gradients of what trains."""
         self._frozen = dict(_frozen_values(model))
         self._waiting = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # DeepSpeed clears gradients before `on_pre_optimizer_step` is called, so hooks note that they were there.
@@ -223,7 +232,15 @@ class TrainableCheck(TrainerCallback):
             for name, parameter in self._waiting.items()
         ]
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Raises a `ValueError` for parameters that were asked for and have no gradient."""
         if not self._waiting:
             return
         without = [n for n, p in self._waiting.items() if n not in self._reached and p.grad is None]
@@ -245,7 +262,15 @@ class TrainableCheck(TrainerCallback):
             return True
         return (OBJECT if "object_" in name else BACKGROUND) in self.kinds
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """After the first step: raises a `ValueError` for frozen parameters that moved."""
         if self._stepped:
             return
         self._stepped = True

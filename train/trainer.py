@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,11 @@ class BackdropTrainer(SFTTrainer):
         group_kinds: "background" or "object" refuses a batch with groups of the other kind; "any" takes both.
     """
 
-    def __init__(self, *args, matching_loss: float = 0.0, group_kinds: str = "any", **kwargs):
+    data_collator: Callable[[list[dict]], dict]
+
+    def __init__(
+        self, *args: Any, matching_loss: float = 0.0, group_kinds: str = "any", **kwargs: Any
+    ) -> None:
         model = kwargs.get("model", args[0] if args else None)
         if isinstance(model, nn.Module):
             # FSDP refuses to wrap by a class of layers that the model does not have, such as another tower's.
@@ -47,10 +52,12 @@ class BackdropTrainer(SFTTrainer):
         if matching_loss:
             self.data_collator = MismatchCollator(self.data_collator)
 
-    def get_decay_parameter_names(self, model) -> list[str]:
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that weight decay applies to: not tables that train in part."""
         return [name for name in super().get_decay_parameter_names(model) if name not in self._partly_trained]
 
-    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One step as TRL makes it; tells `TrainableCheck` the batch's group kinds."""
         kinds = set(inputs["group_kind"].tolist()) if inputs.get("group_kind") is not None else set()
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TrainableCheck):
@@ -61,13 +68,13 @@ class BackdropTrainer(SFTTrainer):
 
     # ---- whole checkpoints
 
-    def _get_output_dir(self, trial) -> str:
+    def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, PARTIAL) if self._is_saving else folder
 
     _is_saving = False
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes the checkpoint beside its place and renames it into it once every process has written its part."""
         folder = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -97,7 +104,14 @@ class BackdropTrainer(SFTTrainer):
 
     # ---- losses
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """TRL's loss, plus the matching loss where the batch holds `mismatched`."""
         mismatched = inputs.pop("mismatched", None)
         labels = inputs.get("labels")
         own_inputs = dict(inputs)
@@ -138,6 +152,7 @@ class MismatchCollator:
     collator: Any
 
     def __call__(self, examples: list[dict]) -> dict:
+        """The batch with `mismatched`; a `ValueError` for a batch of one example."""
         if len(examples) < 2:
             raise ValueError(
                 f"matching_loss compares examples of a batch, and this one has {len(examples)}; wanted a batch size of 2 or "
@@ -160,6 +175,7 @@ class KindCollator:
     kind: str
 
     def __call__(self, examples: list[dict]) -> dict:
+        """The batch; a `ValueError` where a group is of another kind."""
         batch = self.collator(examples)
         found = set(batch["group_kind"].tolist()) if "group_kind" in batch else set()
         if not found <= GROUP_KINDS[self.kind]:

@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .options import Json, examples
+
+if TYPE_CHECKING:
+    from backdrop.modeling.background_folder_backdrop import BackgroundFolder
 
 app = typer.Typer(
     no_args_is_help=True, help="Look after a folder of cached backgrounds: its size, pruning, damage."
@@ -24,7 +27,7 @@ _FILL = (
 )
 
 
-def _folder(path: Path, max_bytes: int = 2**62):
+def _folder(path: Path, max_bytes: int = 2**62) -> "BackgroundFolder":
     from backdrop.modeling.background_folder_backdrop import BackgroundFolder
 
     if not path.is_dir():

@@ -59,7 +59,7 @@ def groups(
     from backdrop.data.derive.run import DeriveOptions, derive_groups
 
     options = DeriveOptions(
-        model, out, detector, detector_device, workers or os.cpu_count(), shard_rows, on_bad_row
+        model, out, detector, detector_device, workers or os.cpu_count() or 1, shard_rows, on_bad_row
     )
     _print(derive_groups(options, dataset, dataset_split), out, json_output)
 
@@ -120,7 +120,7 @@ def pairs(
         on_miss=on_miss,
     )
     options = DeriveOptions(
-        model, out, detector, detector_device, workers or os.cpu_count(), shard_rows, on_bad_row
+        model, out, detector, detector_device, workers or os.cpu_count() or 1, shard_rows, on_bad_row
     )
     _print(derive_pairs(options, frames, choice, dataset_split), out, json_output)
 
@@ -165,7 +165,7 @@ def captions(
     from backdrop.data.derive.run import DeriveOptions, derive_captions
 
     options = DeriveOptions(
-        model, out, detector, detector_device, workers or os.cpu_count(), shard_rows, on_bad_row
+        model, out, detector, detector_device, workers or os.cpu_count() or 1, shard_rows, on_bad_row
     )
     record = derive_captions(
         options,

@@ -2,8 +2,9 @@
 
 import inspect
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -34,7 +35,8 @@ OnBadRow = Annotated[
 class CommandWithExamples(TyperCommand):
     """Prints its epilog line by line below the help; typer would join the lines, and they could not be pasted."""
 
-    def format_help(self, ctx, formatter) -> None:
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Prints the help page and the examples below it."""
         examples, self.epilog = self.epilog, None
         try:
             super().format_help(ctx, formatter)
@@ -83,7 +85,7 @@ def print_figures(figures: dict, as_json: bool) -> None:
         typer.echo(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
 
 
-def _flat(figures: dict, prefix: str = ""):
+def _flat(figures: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
     for name, value in figures.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")

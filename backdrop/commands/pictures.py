@@ -2,11 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .options import Json, Tolerance, example_model, examples, known_model
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from backdrop.processing.detections_backdrop import Detections
+    from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 
 SPLIT_EXAMPLE = examples(
     "backdrop demo --frames 6 --show runs/demo",
@@ -97,7 +103,13 @@ def split(
             typer.echo(f"{record['image']}: {counts} patches, {len(record['boxes'])} boxes")
 
 
-def _split_record(path, detections, named, processor, options) -> dict:
+def _split_record(
+    path: Path,
+    detections: "Detections",
+    named: list[tuple[str, "np.ndarray"]],
+    processor: "BackdropImageProcessor",
+    options: dict,
+) -> dict:
     names = detections.names
     boxes = zip(detections.xyxy, detections.class_id, detections.confidence, strict=True)
     return {

@@ -345,7 +345,7 @@ def model(
     from backdrop.experiments.small_model import SIZES, make, make_table
     from backdrop.scenes.exam_report import markdown
 
-    if until is not None:
+    if report is None:
         (folder,) = make(work, seed, SIZES[size], detector_of, jobs, until)
         if json_output:
             print_figures({"model": str(folder)}, True)

@@ -4,11 +4,16 @@ import contextlib
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .options import examples, known_model
+
+if TYPE_CHECKING:
+    from backdrop.serving.engine import Engine
+    from backdrop.serving.engine_settings import EngineSettings
+    from backdrop.serving.settings import GatewaySettings
 
 EXAMPLE = examples(
     "make serve-setup",
@@ -89,7 +94,7 @@ def serve(
     settings = make_settings(
         str(config or "options"), **given | {k: v for k, v in values.items() if v is not None}
     )
-    planned = []
+    planned: list[EngineSettings] = []
     if starts:
         planned, size = plan_engines(
             model,
@@ -114,7 +119,9 @@ def serve(
     _run(settings, engines, host, port, start_seconds)
 
 
-def _run(settings, engines, host: str, port: int, start_seconds: float) -> None:
+def _run(
+    settings: "GatewaySettings", engines: "list[Engine]", host: str, port: int, start_seconds: float
+) -> None:
     import asyncio
     import logging
     import signal
@@ -132,8 +139,9 @@ def _run(settings, engines, host: str, port: int, start_seconds: float) -> None:
 
     async def main() -> None:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, task.cancel)
+        if task is not None:  # always, within asyncio.run
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, task.cancel)
         async with contextlib.AsyncExitStack() as stack:
             for engine in engines:
                 stack.push_async_callback(engine.stop)

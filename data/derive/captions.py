@@ -94,7 +94,9 @@ class Captioned:
 class CaptionFormat(Protocol):
     """Reads the records of one dataset; made in each worker process."""
 
-    def read(self, record: dict) -> Captioned: ...
+    def read(self, record: dict) -> Captioned:
+        """An image's captions, phrases and boxes."""
+        ...
 
 
 # ---- COCO
@@ -108,17 +110,17 @@ class CocoRows:
     """
 
     def __init__(self, captions: Path, instances: Path, images: Path):
-        captions, instances = (json.loads(Path(path).read_text()) for path in (captions, instances))
-        names = {category["id"]: category["name"] for category in instances["categories"]}
+        captioned, annotated = (json.loads(Path(path).read_text()) for path in (captions, instances))
+        names = {category["id"]: category["name"] for category in annotated["categories"]}
         unknown = sorted(set(names.values()) - set(COCO_CATEGORIES))
         if unknown:
             raise ValueError(f"The instances have categories {unknown}; wanted COCO's 80.")
         self._images = Path(images)
         self._captions: dict[int, list[str]] = defaultdict(list)
-        for annotation in captions["annotations"]:
+        for annotation in captioned["annotations"]:
             self._captions[annotation["image_id"]].append(annotation["caption"])
         self._objects: dict[int, list[dict]] = defaultdict(list)
-        for annotation in instances["annotations"]:
+        for annotation in annotated["annotations"]:
             left, top, width, height = annotation["bbox"]
             self._objects[annotation["image_id"]].append(
                 {
@@ -126,7 +128,7 @@ class CocoRows:
                     "xyxy": [left, top, left + width, top + height],
                 }
             )
-        self._entries = [entry for entry in captions["images"] if entry["id"] in self._captions]
+        self._entries = [entry for entry in captioned["images"] if entry["id"] in self._captions]
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -151,10 +153,11 @@ class CocoFormat:
         self._pipeline = load_pipeline(pipeline)
 
     def read(self, record: dict) -> Captioned:
+        """An image's captions and boxes; the phrases come from the pipeline."""
         captions = [" ".join(caption.split()) for caption in record["captions"]]
         boxes = [Box(item["name"], tuple(item["xyxy"]), True) for item in record["objects"]]
 
-        def phrases(place) -> list[list[Phrase]]:
+        def phrases(place: Callable[[frozenset[str]], int | None]) -> list[list[Phrase]]:
             return [parsed_phrases(doc, place) for doc in self._pipeline.pipe(captions)]
 
         return Captioned(tuple(record["size"]), captions, phrases, boxes)
@@ -200,21 +203,24 @@ class EntitiesFormat:
     """Flickr30k Entities: phrases are marked, and name boxes."""
 
     def read(self, record: dict) -> Captioned:
+        """An image's captions and boxes; raises a `ValueError` for annotations that lack a number."""
         sentences = [line for line in record["sentences"] if line.strip()]
         root = ElementTree.fromstring(record["annotations"])
         marks = marks_of_things(sentences)
-        boxes, scenes = [], set()
+        boxes: list[Box] = []
+        scenes: set[str] = set()
         for item in root.iter("object"):
-            names = [name.text for name in item.iter("name")]
+            names = [name.text or "" for name in item.iter("name")]
             if (item.findtext("scene") or "0").strip() == "1":
                 scenes.update(names)
             box = item.find("bndbox")
             if box is not None:
-                xyxy = tuple(float(box.findtext(side)) for side in ("xmin", "ymin", "xmax", "ymax"))
+                left, top, right, bottom = (_number(box, side) for side in ("xmin", "ymin", "xmax", "ymax"))
+                xyxy = (left, top, right, bottom)
                 boxes += [Box(name, xyxy, _is_object(marks.get(name, []))) for name in names]
-        size = tuple(int(root.findtext(f"size/{side}")) for side in ("width", "height"))
+        size = (int(_number(root, "size/width")), int(_number(root, "size/height")))
 
-        def phrases(place) -> list[list[Phrase]]:
+        def phrases(place: Callable[[frozenset[str]], int | None]) -> list[list[Phrase]]:
             def place_mark(chain: str, types: list[str]) -> int:
                 placed = place(frozenset([chain]))
                 if placed is not None:
@@ -224,6 +230,13 @@ class EntitiesFormat:
             return [marked_phrases(sentence, place_mark) for sentence in sentences]
 
         return Captioned(size, [unmarked(sentence) for sentence in sentences], phrases, boxes)
+
+
+def _number(element: ElementTree.Element, path: str) -> float:
+    text = element.findtext(path)
+    if text is None:
+        raise ValueError(f"the annotations have no <{path}> in <{element.tag}>")
+    return float(text)
 
 
 def _is_object(marks: list[tuple[list[str], list[str]]]) -> bool:
@@ -253,6 +266,7 @@ class CaptionWork:
         self.seed = seed
 
     def __call__(self, first: int, records: list[dict]) -> Shard:
+        """The rows of a run of records; those whose image cannot be read are named in the shard."""
         shard = Shard({split: [] for split in SPLITS}, [], dict.fromkeys(("captions", *SPLITS), 0))
         for record in records:
             try:
@@ -285,7 +299,7 @@ class CaptionWork:
         groups = {group.kind: group for group in self.processor.split_groups(pixels, objects)}
         cropped = any(not mask.any() for mask in masks.values())
         if len(groups) == 1 and not cropped:  # all that is said is said of it
-            said = {kind: captioned.captions for kind in groups}
+            said: dict[int, list[str | None]] = {kind: [*captioned.captions] for kind in groups}
         else:
             phrases = captioned.phrases(partial(place_of, masks, groups, self.processor.patch_size))
             said = {kind: [caption_of(found, kind) for found in phrases] for kind in groups}

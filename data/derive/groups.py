@@ -56,6 +56,7 @@ class DatasetRows:
         return [{**row, "id": _row_id(row, number)} for row, number in zip(found, numbers, strict=True)]
 
     def column(self, name: str) -> list:
+        """All values of a column, in order."""
         return self._rows.with_format(None)[name][:]
 
 
@@ -101,6 +102,7 @@ class GroupWork:
         self.processor.disable_background_matching()
 
     def __call__(self, first: int, rows: list[dict]) -> Shard:
+        """The rows with their groups; those whose image cannot be read are named in the shard."""
         made, bad = [], []
         known: dict[tuple, list[dict]] = {}
         for row in rows:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from datasets import Dataset
+from PIL import Image
 
 from backdrop.processing.matches_backdrop import MatchReport
 from backdrop.processing.patch_groups_backdrop import PatchGroup
@@ -54,7 +55,7 @@ class PairOptions:
     whole_background: float = 0.0
     on_miss: str = "split"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.whole_background <= 1:
             raise ValueError(f"whole_background is {self.whole_background}; wanted a share from 0 to 1.")
         if self.on_miss not in ("split", "drop"):
@@ -97,9 +98,11 @@ class DatasetFrames:
         self.asked = list(range(len(rows)))
 
     def images(self, number: int) -> list[dict]:
+        """The row's images, undecoded."""
         return self._rows[number : number + 1][0]["images"]
 
     def question(self, number: int) -> tuple[str, list[dict]]:
+        """The row's id and messages."""
         row = self._rows[number : number + 1][0]
         return row["id"], row["messages"]
 
@@ -112,7 +115,9 @@ class FolderFrames:
     """
 
     def __init__(self, folder: Path):
-        self.scenes, self.orders, self.asked = [], [], []
+        self.scenes: list[str] = []
+        self.orders: list[int] = []
+        self.asked: list[int] = []
         self._paths: list[Path] = []
         self._questions: dict[int, tuple[str, list[dict]]] = {}
         for scene in sorted(path for path in Path(folder).iterdir() if path.is_dir()):
@@ -141,9 +146,11 @@ class FolderFrames:
             self.asked.append(number)
 
     def images(self, number: int) -> list[dict]:
+        """The frame's file, undecoded."""
         return [{"bytes": None, "path": str(self._paths[number])}]
 
     def question(self, number: int) -> tuple[str, list[dict]]:
+        """Id and messages that the metadata gives the frame."""
         return self._questions[number]
 
 
@@ -186,10 +193,11 @@ class PairRows:
     def _other_frame(self, number: int, rng: random.Random) -> int | None:
         orders, scene = self._frames.orders, self._by_scene[self._frames.scenes[number]]
         earlier = bisect_left(scene, orders[number], key=orders.__getitem__)
-        later = (
-            bisect_right(scene, orders[number], key=orders.__getitem__) if self._options.any_order else None
-        )
-        candidates = earlier + (0 if later is None else len(scene) - later)
+        # Without a choice among later frames, they begin behind the last one.
+        later = len(scene)
+        if self._options.any_order:
+            later = bisect_right(scene, orders[number], key=orders.__getitem__)
+        candidates = earlier + len(scene) - later
         if not candidates:
             return None
         drawn = rng.randrange(candidates)
@@ -207,6 +215,7 @@ class PairWork:
         self.matcher.observer = self._reports.append
 
     def __call__(self, first: int, rows: list[dict]) -> Shard:
+        """The rows' pairs, and counts of what the matcher did; rows with an unreadable image are named in the shard."""
         made, bad = [], []
         counts = dict.fromkeys(
             ("matched", "missed", "alone", "whole_background", "reused", "overridden", "fresh"), 0
@@ -217,12 +226,13 @@ class PairWork:
             except IMAGE_ERRORS as error:
                 bad.append((row["id"], str(error)))
                 continue
-            matched = report.reference is not None
+            reference = report.reference
+            matched = reference is not None
             counts["matched" if matched else "alone" if row["earlier"] is None else "missed"] += 1
-            if matched:
+            if reference is not None:
                 counts["whole_background"] += row["whole"]
                 counts["reused"] += int((~report.fresh).sum())
-                counts["overridden"] += int((report.fresh & report.reference.patch_mask).sum())
+                counts["overridden"] += int((report.fresh & reference.patch_mask).sum())
                 counts["fresh"] += int(report.fresh.sum())
             if matched or self.options.on_miss == "split":
                 images = [encoded(group, self.processor) for group in groups]
@@ -245,7 +255,7 @@ class PairWork:
         return groups, self._reports[-1]
 
 
-def _frame(images: list[dict]):
+def _frame(images: list[dict]) -> Image.Image:
     """The picture of a frame."""
     if len(images) != 1:
         raise ValueError(f"a frame has {len(images)} images; wanted one")

@@ -4,17 +4,19 @@ Each may be killed at any moment and run again with the same arguments: what is 
 `datasets.load_from_disk` and carries `derived.json`: what it was made from and with, and what came of it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 
 from backdrop.data.load import load_rows
 from backdrop.data.rows import BadRows
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 
 from .captions import (
+    CaptionFormat,
     CocoFormat,
     CocoRows,
     EntitiesFormat,
@@ -111,16 +113,18 @@ def derive_captions(
     Raises:
         ValueError: neither COCO's files nor those of Flickr30k Entities, or both.
     """
-    coco = coco_captions is not None and coco_instances is not None
-    if coco == (entities is not None):
-        raise ValueError("Wanted either --coco-captions and --coco-instances, or --entities.")
-    if coco:
+    source: Source
+    make_format: Callable[[], CaptionFormat]
+    both = coco_captions is not None and coco_instances is not None
+    if coco_captions is not None and coco_instances is not None and entities is None:
         source = CocoRows(coco_captions, coco_instances, images)
         meta = load_pipeline(spacy).meta
         make_format, pipeline = partial(CocoFormat, spacy), f"{spacy} {meta['version']}"
-    else:
+    elif entities is not None and not both:
         source = EntitiesRows(entities, images, ids)
         make_format, pipeline = EntitiesFormat, ""
+    else:
+        raise ValueError("Wanted either --coco-captions and --coco-instances, or --entities.")
     recipe = captions_recipe(
         processor_loader(options),
         make_format,
@@ -139,7 +143,7 @@ def _derive(source: Source, recipe: Recipe, options: DeriveOptions) -> dict:
     return record
 
 
-def _load(name: str, split: str):
+def _load(name: str, split: str) -> Dataset:
     return load_rows("rows", name, split=split, check_images=False)[0]
 
 

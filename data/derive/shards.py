@@ -15,8 +15,8 @@ import shutil
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -186,7 +186,9 @@ def _note_bad(bad_rows: BadRows, found: list) -> None:
 # ---- processes
 
 
-def _in_this_process(tasks, make_work: Callable[[], Work], workers: int) -> Iterator[tuple[int, dict]]:
+def _in_this_process(
+    tasks: Iterable[tuple], make_work: Callable[[], Work], workers: int
+) -> Iterator[tuple[int, dict]]:
     work = None
     with _one_torch_thread():
         for task in tasks:
@@ -194,12 +196,14 @@ def _in_this_process(tasks, make_work: Callable[[], Work], workers: int) -> Iter
             yield _make_shard(work, *task)
 
 
-def _in_workers(tasks, make_work: Callable[[], Work], workers: int) -> Iterator[tuple[int, dict]]:
+def _in_workers(
+    tasks: Iterable[tuple], make_work: Callable[[], Work], workers: int
+) -> Iterator[tuple[int, dict]]:
     # Spawned: a fork of a process whose torch threads have run may hang.
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(make_work,)
     )
-    pending = set()
+    pending: set[Future] = set()
     try:
         for task in tasks:
             if len(pending) == 2 * workers:  # rows wait in memory
@@ -230,11 +234,17 @@ def _start_worker(make_work: Callable[[], Work]) -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # always, in a worker
+        parent.join()
     os._exit(1)
 
 
 def _make_shard_in_worker(task: tuple) -> tuple[int, dict]:
+    if _worker_work is None:
+        raise RuntimeError(
+            "no work was made in this process; wanted a worker that `_start_worker` has started."
+        )
     return _make_shard(_worker_work, *task)
 
 

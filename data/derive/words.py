@@ -3,6 +3,8 @@
 A word may name several categories: "vehicle" is an object if any of them is in the image.
 """
 
+from collections.abc import Iterable
+
 PERSON = "person"
 ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe")
 VEHICLES = ("bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat")
@@ -309,7 +311,7 @@ PERSON_ENDINGS = ("er", "or", "ist", "ian", "man", "men", "woman", "women", "boy
 def _words() -> dict[str, frozenset[str]]:
     names: dict[str, set[str]] = {}
 
-    def add(words: str, categories) -> None:
+    def add(words: str, categories: Iterable[str]) -> None:
         for word in words.split():
             names.setdefault(word.replace("_", " "), set()).update(categories)
 

@@ -34,7 +34,7 @@ class PanelLayout:
     unit: str
     gauge_x: int
     window_x: int
-    zones: tuple[str, str, str]
+    zones: tuple[str, ...]  # three, from low to high
     lamp_xs: tuple[int, ...]
     lamp_y: int
 
@@ -82,6 +82,7 @@ class Panel(Family[PanelLayout, PanelFrame]):
     training_weight = 4
 
     def layout(self, rng: random.Random, background_seed: int) -> PanelLayout:
+        """A panel with 3 to 5 lamp sockets, and the gauge on either side."""
         frame = rng.choice(COLOUR_NAMES)
         grey = rng.choice((76, 104, 196, 216))
         gauge_left = rng.random() < 0.5
@@ -101,6 +102,7 @@ class Panel(Family[PanelLayout, PanelFrame]):
         )
 
     def paint(self, layer: Layer, maps: ClassMaps, layout: PanelLayout) -> None:
+        """Draws frame, face, name, gauge, window and sockets."""
         face = layout.face_rgb
         ink = ink_on(face)
         layer.rectangle((0, 0, 168, 168), layout.frame_rgb)
@@ -146,6 +148,7 @@ class Panel(Family[PanelLayout, PanelFrame]):
             maps.mark((x, y, x + 28, y + 28), thing="socket")
 
     def frame(self, rng: random.Random, layout: PanelLayout) -> PanelFrame:
+        """A reading, a needle and perhaps a lit lamp; nothing at all in 6% of frames."""
         if rng.random() < 0.06:
             return PanelFrame(None, (0, 0, 0), None, None)
         return PanelFrame(
@@ -158,6 +161,7 @@ class Panel(Family[PanelLayout, PanelFrame]):
         )
 
     def next_frame(self, rng: random.Random, layout: PanelLayout, frame: PanelFrame) -> PanelFrame:
+        """The reading and the needle moved a little."""
         if frame.value is None or frame.needle is None:
             return self.frame(rng, layout)
         value = min(999, max(10, frame.value + rng.randint(-9, 12)))
@@ -170,6 +174,7 @@ class Panel(Family[PanelLayout, PanelFrame]):
         return PanelFrame(value, frame.digit_rgb, lamp, (zone, min(14, max(-14, offset))))
 
     def draw_objects(self, canvas: Canvas, layout: PanelLayout, frame: PanelFrame) -> None:
+        """Adds the readout's digits, the lit lamp and the needle."""
         if frame.value is not None:
             layer = canvas.layer(84, 28)
             text = f"{frame.value:>3d}"
@@ -199,6 +204,7 @@ class Panel(Family[PanelLayout, PanelFrame]):
             canvas.add("lamp", layer, layout.lamp_xs[socket], layout.lamp_y, thing="lamp", colour=colour)
 
     def ask(self, ask: Questioner, layout: PanelLayout, frame: PanelFrame) -> None:
+        """Asks for readout, lamp, needle and their places, and for what the panel shows."""
         ask("readout", "object", "none" if frame.value is None else str(frame.value))
         ask("lamp", "object", "none" if frame.lamp is None else frame.lamp[1])
         if frame.value is not None:

@@ -66,6 +66,7 @@ class Phone(Family[PhoneLayout, PhoneFrame]):
     training_weight = 3
 
     def layout(self, rng: random.Random, background_seed: int) -> PhoneLayout:
+        """A wallpaper and a card with an alarm on it."""
         wallpaper, card = rng.sample(COLOUR_NAMES, 2)
         card_top = 14 * rng.randint(1, 3)
         tops = [card_top + offset for offset in rng.sample((0, 42, 84), 3)]
@@ -83,6 +84,7 @@ class Phone(Family[PhoneLayout, PhoneFrame]):
         )
 
     def paint(self, layer: Layer, maps: ClassMaps, layout: PhoneLayout) -> None:
+        """Draws the wallpaper, the card and its labels."""
         base = layout.wallpaper_rgb
         light = 1.18 if sum(base) < 600 else 0.93
         layer.rectangle((0, 0, 168, 168), base)
@@ -109,16 +111,19 @@ class Phone(Family[PhoneLayout, PhoneFrame]):
         maps.mark_text(*xy, layout.label, (14, 28))
 
     def frame(self, rng: random.Random, layout: PhoneLayout) -> PhoneFrame:
+        """A time, switched on or off; no alarm in 6% of frames."""
         minutes = rng.randrange(24 * 60) if rng.random() > 0.06 else None
         return PhoneFrame(minutes=minutes, enabled=minutes is not None and rng.random() < 0.5)
 
     def next_frame(self, rng: random.Random, layout: PhoneLayout, frame: PhoneFrame) -> PhoneFrame:
+        """The time moved by a few minutes at most, perhaps switched."""
         if frame.minutes is None:
             return PhoneFrame(rng.randrange(24 * 60), False)
         enabled = frame.enabled != (rng.random() < 0.25)
         return PhoneFrame((frame.minutes + rng.choice((0, 0, 1, 5))) % (24 * 60), enabled)
 
     def draw_objects(self, canvas: Canvas, layout: PhoneLayout, frame: PhoneFrame) -> None:
+        """Adds the time and the switch."""
         if frame.minutes is None:
             return
         text = _time_text(frame.minutes)
@@ -143,6 +148,7 @@ class Phone(Family[PhoneLayout, PhoneFrame]):
         canvas.add("toggle", layer, *layout.toggle_xy, thing=f"toggle {state}")
 
     def ask(self, ask: Questioner, layout: PhoneLayout, frame: PhoneFrame) -> None:
+        """Asks for the time and the switch, and for what the phone shows."""
         time = "none" if frame.minutes is None else _time_text(frame.minutes)
         ask("time", "object", time)
         if frame.minutes is not None:

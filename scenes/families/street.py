@@ -85,6 +85,7 @@ class Street(Family[StreetLayout, StreetFrame]):
     training_weight = 5
 
     def layout(self, rng: random.Random, background_seed: int) -> StreetLayout:
+        """A street by day or night with a building, a sign, trees and a skyline."""
         night = rng.random() < 0.35
         sign = str(rng.randint(10, 199))
         if rng.random() < 0.4:
@@ -115,6 +116,7 @@ class Street(Family[StreetLayout, StreetFrame]):
         )
 
     def paint(self, layer: Layer, maps: ClassMaps, layout: StreetLayout) -> None:
+        """Draws sky, skyline, building, trees, road and sign."""
         dim = 0.72 if layout.night else 1.0
         layer.rectangle((0, 0, 168, 56), layout.sky_rgb)
         maps.mark((0, 0, 168, 56), thing="night sky" if layout.night else "day sky")
@@ -156,6 +158,7 @@ class Street(Family[StreetLayout, StreetFrame]):
         maps.mark_text(text_x, 0, layout.sign, (14, 28))
 
     def frame(self, rng: random.Random, layout: StreetLayout) -> StreetFrame:
+        """Up to three vehicles that do not overlap."""
         count = rng.choices((0, 1, 2, 3), weights=(12, 33, 33, 22))[0]
         vehicles: list[Vehicle] = []
         for _ in range(40):
@@ -167,6 +170,7 @@ class Street(Family[StreetLayout, StreetFrame]):
         return StreetFrame(tuple(sorted(vehicles, key=lambda v: (v.lane, v.x))))
 
     def next_frame(self, rng: random.Random, layout: StreetLayout, frame: StreetFrame) -> StreetFrame:
+        """Every vehicle one cell further along its lane; one may leave, one may come."""
         moved = []
         for v in frame.vehicles:
             x = v.x + (-CELL, CELL)[v.lane]
@@ -181,6 +185,7 @@ class Street(Family[StreetLayout, StreetFrame]):
         return StreetFrame(tuple(sorted(moved, key=lambda v: (v.lane, v.x))))
 
     def draw_objects(self, canvas: Canvas, layout: StreetLayout, frame: StreetFrame) -> None:
+        """Adds the vehicles."""
         for vehicle in frame.vehicles:
             width = _VEHICLE_WIDTHS[vehicle.kind]
             plate_x = {"bus": 28, "truck": 14}.get(vehicle.kind, 0)
@@ -199,6 +204,7 @@ class Street(Family[StreetLayout, StreetFrame]):
             canvas.maps.mark_text(vehicle.x + plate_x, top + 14, vehicle.plate, (14, 28))
 
     def ask(self, ask: Questioner, layout: StreetLayout, frame: StreetFrame) -> None:
+        """Asks for the vehicles, their colours, plates and places, and for what the street shows."""
         ask("count", "object", str(len(frame.vehicles)))
         kinds = [v.kind for v in frame.vehicles]
         asked = ask.rng.choice(tuple(_VEHICLE_WIDTHS))

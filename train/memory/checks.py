@@ -164,6 +164,8 @@ def _print_measured(case: CheckCase) -> None:
 
 def _status_bytes(field: str) -> int:
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise RuntimeError(f"/proc/self/status has no {field}; wanted Linux.")
     return 1024 * int(found.group(1))
 
 
@@ -173,7 +175,7 @@ def check(cases: Iterable[CheckCase] = tuple(CHECK_CASES)) -> list[dict]:
     command = [sys.executable, "-m", "backdrop.train.memory.checks", *(case.name for case in cases)]
     comparisons = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
-        results = (json.loads(line) for line in run.stdout if line.startswith('{"allocated"'))
+        results = (json.loads(line) for line in run.stdout or () if line.startswith('{"allocated"'))
         for case, measured in zip(cases, results, strict=False):
             comparisons.append(_compared(case, measured))
             print(*check_cells(comparisons[-1]), sep="  ", file=sys.stderr, flush=True)

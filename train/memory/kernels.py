@@ -5,8 +5,9 @@ operations, TRL's Triton loss. TRL's loss is TRL's own code: 1.16 or newer.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional
 aten = torch.ops.aten
 
 
-def workspace_bytes(func, args) -> int:
+def workspace_bytes(func: object, args: Sequence) -> int:
     """Bytes that a kernel allocates for itself, which the dispatcher does not see.
 
     The backward of flash and of memory-efficient attention sums the queries' gradient in float32, beside one float32
@@ -46,28 +47,37 @@ def gpu_kernels() -> contextlib.AbstractContextManager:
 
 
 def _in_float32(function: Callable) -> Callable:
-    def call(*args, **kwargs):
+    def call(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_autocast_enabled("cpu"):
             return function(*args, **kwargs)
-        args = [value.float() if is_half(value) else value for value in args]
-        kwargs = {name: value.float() if is_half(value) else value for name, value in kwargs.items()}
-        return function(*args, **kwargs)
+        values = [value.float() if is_half(value) else value for value in args]
+        named = {name: value.float() if is_half(value) else value for name, value in kwargs.items()}
+        return function(*values, **named)
 
     return call
 
 
-def is_half(value) -> bool:
+def is_half(value: object) -> bool:
     """Whether the value is a tensor in half precision."""
     return isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16)
 
 
-def _gpu_dropout(input, p=0.5, training=True, inplace=False):
+def _gpu_dropout(
+    input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> torch.Tensor:
     return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
 
 
 def _gpu_attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-):
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
     """The kernel that CUDA would choose (`_fused_sdp_choice`, aten/native/transformers/cuda/sdp_utils.cpp): flash for
     half precision without a mask, memory-efficient otherwise; the mask becomes a bias in the queries' dtype, its last
     dimension padded to 16 (`convert_boolean_attn_mask`, `pad_bias` in aten/native/transformers/attention.cpp)."""
@@ -94,7 +104,7 @@ def _gpu_attention(
 class _Launches:
     """Stands in for a Triton kernel, which writes into its arguments and allocates nothing."""
 
-    def __getitem__(self, grid) -> Callable:
+    def __getitem__(self, grid: object) -> Callable:
         return lambda *args, **kwargs: None
 
 

@@ -5,7 +5,8 @@ values (patch masks, placeholders, padding) takes the same branches as in traini
 """
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -36,7 +37,7 @@ class Ledger(TorchDispatchMode):
         saved_for_backward: bytes of activations at the end of the forward.
     """
 
-    def __init__(self, block: int):
+    def __init__(self, block: int) -> None:
         super().__init__()
         self.fakes = FakeTensorMode(allow_non_fake_inputs=False)
         self.live = dict.fromkeys(PARTS, 0)
@@ -47,7 +48,9 @@ class Ledger(TorchDispatchMode):
         # Storages by id: part, bytes, and a weak reference whose callback removes the entry.
         self._known: dict[int, tuple[str, int, weakref.ref]] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func is torch.ops.prim.device.default:  # runs before nearly every operation
             return args[0].fake_device
         kwargs = kwargs or {}
@@ -61,14 +64,28 @@ class Ledger(TorchDispatchMode):
         self._keep_peak(workspace_bytes(func, args))
         return result
 
-    def _run_fake(self, func, types, args, kwargs, given):
+    def _run_fake(
+        self,
+        func: Callable,
+        types: Sequence[type],
+        args: tuple,
+        kwargs: dict[str, Any],
+        given: list[torch.Tensor],
+    ) -> Any:
         if func in _INDEXING:
             args = (args[0], _positions(args[1]), *args[2:])
         if func in _INDEXING or not all(isinstance(value, FakeTensor) for value in given):
             args, kwargs = tree_map_only(torch.Tensor, self._as_fake, (args, kwargs))
         return self.fakes.__torch_dispatch__(func, types, args, kwargs)
 
-    def _run_real(self, func, types, args, kwargs, given):
+    def _run_real(
+        self,
+        func: Callable,
+        types: Sequence[type],
+        args: tuple,
+        kwargs: dict[str, Any],
+        given: list[torch.Tensor],
+    ) -> Any:
         if not given:
             made = self.fakes.__torch_dispatch__(func, types, args, kwargs)
             if isinstance(made, torch.Tensor) and _without_values(made):
@@ -139,8 +156,10 @@ def _without_values(tensor: torch.Tensor) -> bool:
 
 def _positions(indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
     """Boolean indices turned into the positions they choose, so that the result's size is known without the values."""
-    positions = []
+    positions: list[torch.Tensor | None] = []
     for index in indices:
-        known = isinstance(index, torch.Tensor) and not isinstance(index, FakeTensor)
-        positions += index.nonzero().unbind(1) if known and index.dtype == torch.bool else [index]
+        if index is None or isinstance(index, FakeTensor) or index.dtype != torch.bool:
+            positions.append(index)
+        else:
+            positions += index.nonzero().unbind(1)
     return positions

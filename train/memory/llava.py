@@ -43,7 +43,7 @@ QLORA = ModelConfig(
 )
 FULL = ModelConfig(dtype="bfloat16")
 IMAGE_TOKENS, TEXT_TOKENS = 576, (200, 1472)
-LLAVA_CASES = [
+LLAVA_CASES: list[dict] = [
     *(
         {"method": method, "rows": rows, "length": IMAGE_TOKENS + text, "processes": 1, "sharding": "ddp"}
         for method in ("LoRA r=128, bf16", "QLoRA r=128, NF4")

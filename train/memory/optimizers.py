@@ -1,6 +1,7 @@
 """Optimizers whose states are counted: torch's own, and stand-ins for bitsandbytes' AdamW in 8 and 32 bits."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -38,12 +39,13 @@ class BlockwiseAdamW(torch.optim.Optimizer):
         host: bytes of paged states, in the host's memory.
     """
 
-    def __init__(self, parameters, bits: int, paged: bool):
+    def __init__(self, parameters: Iterable[nn.Parameter], bits: int, paged: bool) -> None:
         super().__init__(parameters, {})
         self.bits, self.paged, self.host = bits, paged, 0
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
+        """Makes the states of every parameter as the first step does; the weights stay as they are."""
         paged = []
         for parameter in self.param_groups[0]["params"]:
             numel = parameter.numel()

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import math
 import re
+from collections.abc import Sequence
 
 import torch
 from peft import get_peft_model
@@ -94,7 +95,7 @@ def estimate(
             for phase, parts in peaks.items()
         }
     totals = {phase: sum(parts.values()) for phase, parts in peaks.items()}
-    phase = max(totals, key=totals.get)
+    phase = max(totals, key=totals.__getitem__)
     return MemoryEstimate(
         **peaks[phase],
         overhead=CUDA_CONTEXT + int(FRAGMENTATION * totals[phase]) if gpu else 0,
@@ -109,7 +110,7 @@ def meta_model(
     config: BackdropConfig,
     options: ModelConfig,
     trainable: list[str] | None = None,
-    lora_also_trains: list[str] = (),
+    lora_also_trains: Sequence[str] = (),
 ) -> nn.Module:
     """A model on the meta device in which the parts to train are chosen as by a recipe (`BackdropArguments`).
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ def packed_bytes(numel: int, nested: bool) -> int:
 class _QuantisedLinear(nn.Module):
     """Stands in for bitsandbytes' `Linear4bit` or `Linear8bitLt`: the same bytes stored, kept and passed through."""
 
-    def __init__(self, linear: nn.Linear, options: ModelConfig):
+    def __init__(self, linear: nn.Linear, options: ModelConfig) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.eight_bit = options.load_in_8bit
@@ -52,7 +53,7 @@ class _QuantisedMatmul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, layer):
+    def forward(ctx: Any, x: torch.Tensor, layer: _QuantisedLinear) -> torch.Tensor:
         ctx.layer, ctx.kept = layer, x if layer.eight_bit else None
         if not layer.eight_bit:
             return functional.linear(x, _dequantised(layer, x.dtype))
@@ -64,7 +65,7 @@ class _QuantisedMatmul(torch.autograd.Function):
         return product.to(x.dtype).view(*x.shape[:-1], layer.out_features)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient @ _dequantised(ctx.layer, gradient.dtype), None
 
 

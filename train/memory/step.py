@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from trl import SFTConfig
 
+from backdrop.hub_export.checkpoint import tower_config
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 
 from ..adapters import give_head_a_bias
@@ -124,7 +125,7 @@ def full_batch(config: BackdropConfig, training: SFTConfig, length: int, images:
     rows, patches, side = (
         training.per_device_train_batch_size,
         config.num_patches,
-        config.vision_config.image_size,
+        tower_config(config).image_size,
     )
     image_tokens = images * (patches + groups * config.extra_tokens_per_group)
     if length <= image_tokens:
