@@ -5,31 +5,37 @@ A page has prose, and between the lines `<!-- table NAME -->` and `<!-- end -->`
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path("docs") / "results"  # of a checkout, from its root
 _MARKED = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 
 def scenes(report: dict) -> str:
+    """The exam's accuracy in every form, by family and topic."""
     from backdrop.scenes.exam_report import markdown
 
     return markdown(report)
 
 
 def ladder(report: dict) -> str:
+    """A row for each rung of the ladder."""
     from backdrop.experiments.ladder import markdown
 
     return markdown(report)
 
 
 def ablations(report: dict) -> str:
+    """A row for each cell of the matrix."""
     from backdrop.experiments.ablate import markdown
 
     return markdown(report)
 
 
 def ttft(rows: list[dict]) -> str:
+    """Time to first token, a table for each shape."""
     from backdrop.benchmarks.ttft_report import render_markdown
 
     # The page has a title of its own.
@@ -37,18 +43,21 @@ def ttft(rows: list[dict]) -> str:
 
 
 def matching(rows: list[dict]) -> str:
+    """Time and memory of matching, by number of references."""
     from backdrop.benchmarks.matching import render_markdown
 
     return render_markdown(rows)
 
 
 def serving(report: dict) -> str:
+    """Latency and throughput of the served modes."""
     from backdrop.benchmarks.serving import render_markdown
 
     return render_markdown(report)
 
 
 def gpu(report: dict) -> str:
+    """All parts of the GPU benchmark."""
     from backdrop.benchmarks.gpu_report import render_markdown
 
     # The page has a title of its own.
@@ -56,6 +65,7 @@ def gpu(report: dict) -> str:
 
 
 def camera(report: dict) -> str:
+    """What matching reused of each recording, and how stale it was (grey levels)."""
     head = (
         "recording",
         "frames",
@@ -89,6 +99,7 @@ def camera(report: dict) -> str:
 
 
 def memory(report: dict) -> str:
+    """Peak memory of LLaVA-1.5-7B finetuning by method, GiB, and the devices that hold it."""
     parts = ("weights", "gradients", "optimizer", "activations", "temporaries", "overhead")
     devices = list(report["llava-1.5-7b"][0]["fits"])
     rows = []
@@ -101,6 +112,7 @@ def memory(report: dict) -> str:
 
 
 def memory_check(report: dict) -> str:
+    """Estimated and measured peak memory of small runs, MiB."""
     rows = [
         (
             r["case"],
@@ -114,7 +126,7 @@ def memory_check(report: dict) -> str:
     return _table(("case", "estimated MiB", "measured MiB", "error", "resident MiB"), rows)
 
 
-TABLES = {
+TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "scenes-accuracy": ("scenes-accuracy.json", scenes),
     "scenes-accuracy-seed1": ("scenes-accuracy-seed1.json", scenes),
     "smollm2-accuracy": ("smollm2-accuracy.json", scenes),

@@ -5,9 +5,14 @@ On a CPU nothing is captured; the same padded passes run by Python there, to try
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+
+from backdrop.modeling.captured_reuse_backdrop import CapturedReuse
+from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 
 from .contenders import (
     CACHE_BYTES,
@@ -96,13 +101,15 @@ def captured_rows(bench: Bench, fresh_share: float, repeats: int = 9) -> list[di
     return list(rows.values())
 
 
-def _pass_milliseconds(contender: Contender, background, shape: Shape, fresh_share: float) -> dict:
+def _pass_milliseconds(
+    contender: Contender, background: Image.Image, shape: Shape, fresh_share: float
+) -> dict:
     """Median milliseconds of the two captured passes, copies in and out included, waiting for the device at each end."""
     reuse, device = contender.model.compiled_reuse, contender.model.device
     took: dict[str, list[float]] = {"language_model": [], "tower_layers": []}
 
     def timed(name: str, function: Callable) -> Callable:
-        def call(*args, **kwargs):
+        def call(*args: Any, **kwargs: Any) -> Any:
             _wait(device)
             started = time.perf_counter()
             result = function(*args, **kwargs)
@@ -125,7 +132,7 @@ def _pass_milliseconds(contender: Contender, background, shape: Shape, fresh_sha
 
 
 @torch.no_grad()
-def captured_parity(model, prepared: Sequence[dict]) -> dict:
+def captured_parity(model: BackdropForConditionalGeneration, prepared: Sequence[dict]) -> dict:
     """Captured against plain answers, all of them hits; and captured misses against captured hits.
 
     Args:
@@ -134,7 +141,7 @@ def captured_parity(model, prepared: Sequence[dict]) -> dict:
     """
     prepared = prepared[:PARITY_FRAMES]
 
-    def answer(inputs):
+    def answer(inputs: dict) -> tuple:
         out = model.generate(
             **inputs,
             max_new_tokens=PARITY_TOKENS,
@@ -150,11 +157,11 @@ def captured_parity(model, prepared: Sequence[dict]) -> dict:
         for inputs in prepared:
             answer(inputs)
             plain.append(answer(inputs))
-        model.enable_background_cache(max_bytes=CACHE_BYTES)
+        cache = model.enable_background_cache(max_bytes=CACHE_BYTES)
         reuse = _switch_on(model)
         misses, hits = [], []
         for inputs in prepared:
-            model.background_cache.clear()
+            cache.clear()
             misses.append(answer(inputs))
             hits.append(answer(inputs))
         stats = reuse.stats()
@@ -208,7 +215,7 @@ def _largest(some: Sequence[tuple], others: Sequence[tuple]) -> float:
     return max(float((a[1] - b[1]).abs().max()) for a, b in zip(some, others, strict=True))
 
 
-def _switch_on(model):
+def _switch_on(model: BackdropForConditionalGeneration) -> CapturedReuse:
     """Captured on CUDA; the same passes without graphs elsewhere."""
     return model.compile_reuse(capture=model.device.type == "cuda")
 

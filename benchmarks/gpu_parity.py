@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlavaForConditionalGeneration
 from transformers.utils import is_flash_attn_2_available
 
 from backdrop.modeling.grouped_vision_backdrop import encode_groups
@@ -86,18 +87,19 @@ def _parity_cell(shape_name: str, device: str, dtype: str, attention: str) -> di
 
 
 def parity_frames(shape: Shape, count: int) -> list[Frame]:
+    """Frames of one background, with more and more fresh patches."""
     background = background_image(*shape.source, seed=0)
     rng = np.random.default_rng(0)
     return [draw_frame(background, shape, 0.05 + 0.3 * i / count, rng) for i in range(count)]
 
 
-def _sharing_plain(llava) -> BackdropForConditionalGeneration:
+def _sharing_plain(llava: LlavaForConditionalGeneration) -> BackdropForConditionalGeneration:
     model = sharing_backdrop(llava)
     model.config.separator_token_ids = None
     return model
 
 
-def _off_difference(llava, shape: Shape, device: str) -> float:
+def _off_difference(llava: LlavaForConditionalGeneration, shape: Shape, device: str) -> float:
     """Unsplit and without separators, Backdrop is LLaVA: the largest difference of logits on the same inputs."""
     model = _sharing_plain(llava)
     processor = llava_processor(shape)
@@ -106,7 +108,7 @@ def _off_difference(llava, shape: Shape, device: str) -> float:
     return difference(llava(**inputs).logits, model(**inputs).logits)
 
 
-def _grouping_difference(llava, shape: Shape, device: str) -> float:
+def _grouping_difference(llava: LlavaForConditionalGeneration, shape: Shape, device: str) -> float:
     """Two groups encoded apart, against the whole tower under a block-diagonal mask; relative to the features' size."""
     tower = llava.model.vision_tower
     patches, side = shape.grid**2, shape.vision["image_size"]
@@ -128,7 +130,7 @@ def _grouping_difference(llava, shape: Shape, device: str) -> float:
     return difference(found, wanted) / float(wanted.float().abs().max())
 
 
-def _cache_parity(llava, shape: Shape, device: str) -> dict:
+def _cache_parity(llava: LlavaForConditionalGeneration, shape: Shape, device: str) -> dict:
     """Cache off, miss and hit on the processor's same output; a batch against its rows alone."""
     detector = PlantedDetector(NoDetector())
     processor = backdrop_processor(shape, detector)
@@ -158,7 +160,9 @@ def _cache_parity(llava, shape: Shape, device: str) -> dict:
             )
             answers[state].append(out.sequences[0, inputs["input_ids"].shape[1] :].tolist())
             first[state].append(out.logits[0][0].float())
-    hits = model.background_cache.stats()["prefix_hits"]
+    cache = model.background_cache
+    assert cache is not None, "enabled above"
+    hits = cache.stats()["prefix_hits"]
     model.disable_background_cache()
     detector.plant(frames[:4])
     batch = processor(

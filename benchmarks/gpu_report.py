@@ -63,7 +63,7 @@ def _parity_lines(found: dict) -> list[str]:
     return [*lines, "", *maps]
 
 
-def _cell(value) -> str:
+def _cell(value: float | str | None) -> str:
     if isinstance(value, float):
         return "0" if value == 0 else f"{value:.1e}"
     return "" if value is None else str(value)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,13 +33,16 @@ class GpuRun:
 
     @property
     def seconds_left(self) -> float:
+        """Until the deadline; negative behind it."""
         return self.deadline - time.monotonic()
 
     @property
     def dtype(self) -> str:
+        """What the parts that time something run in."""
         return "bfloat16" if torch.device(self.device).type == "cuda" else "float32"
 
     def write(self) -> None:
+        """Writes what is known so far, as JSON and as a page."""
         write_json_atomically(self.out / "gpu.json", self.results)
         write_atomically(self.out / "gpu.md", render_markdown(self.results))
 
@@ -55,7 +59,7 @@ class NoDetector:
 
     names = {0: "object"}
 
-    def detect(self, images: Sequence[np.ndarray], **options) -> list:
+    def detect(self, images: Sequence[np.ndarray], **options: Any) -> list:
         """Nothing is looked at; `PlantedDetector` puts the planted boxes in place."""
         return [None] * len(images)
 

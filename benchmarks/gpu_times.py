@@ -11,6 +11,7 @@ from .breakdown import breakdown
 from .captured import captured_rows
 from .contenders import (
     Bench,
+    Contender,
     build_llava,
 )
 from .frames import Frame, background_image, draw_frame
@@ -69,7 +70,7 @@ def mode_breakdowns(bench: Bench, wait: bool, fresh_share: float = 0.15) -> dict
             contender.store([Frame(background, np.zeros(shape.grid**2, dtype=bool), None)])
         rng = np.random.default_rng(1)
 
-        def call(contender=contender, rng=rng) -> float:
+        def call(contender: Contender = contender, rng: np.random.Generator = rng) -> float:
             return contender.first_token([draw_frame(background, shape, fresh_share, rng)])[0]
 
         call(), call()

@@ -63,7 +63,7 @@ def background_prefix(
         prompt: `position_ids` are `[B, L]`.
         layout: one `PromptRow` per row.
         encoded: the groups of all rows.
-        context: what the keys and values depend on beyond ids, positions and pixels, see `prefix_context`.
+        context: what the keys and values depend on beyond ids, positions and pixels, see `prefix_key`.
     """
     length = _common_length(layout, prompt.input_ids.shape[1])
     if not length:

@@ -1,4 +1,4 @@
-"""The background cache of a model: switched on and off, and asked for by everything else through one door."""
+"""The background cache of a model, and reuse from captured graphs: switched on and off, and asked for by the rest."""
 
 import os
 
@@ -7,6 +7,7 @@ from transformers.utils import logging
 
 from .background_cache_backdrop import BackgroundCache
 from .background_folder_backdrop import BackgroundFolder
+from .captured_reuse_backdrop import CapturedReuse
 from .prefix_rules_backdrop import keeps_prefixes
 
 logger = logging.get_logger(__name__)
@@ -16,6 +17,7 @@ class BackgroundCacheMixin:
     """For a `PreTrainedModel` whose base model (`base_model`) holds the cache."""
 
     _background_cache: BackgroundCache | None = None
+    _compiled_reuse: CapturedReuse | None = None
 
     @property
     def background_cache(self) -> BackgroundCache | None:
@@ -71,3 +73,45 @@ class BackgroundCacheMixin:
     def disable_background_cache(self) -> None:
         """Drops the cache; everything is computed again."""
         self.base_model._background_cache = None
+
+    @property
+    def compiled_reuse(self) -> CapturedReuse | None:
+        """What runs reused answers from captured graphs, None while it is off."""
+        return self.base_model._compiled_reuse
+
+    def compile_reuse(
+        self,
+        bucket: int = 32,
+        max_bytes: int = 2 * 2**30,
+        max_graphs: int = 32,
+        max_batch: int = 1,
+        capture: bool = True,
+    ) -> CapturedReuse:
+        """Runs the layers of reused answers from captured CUDA graphs; for the background cache, which must be on.
+
+        Each new size of prompt or object group costs a warm-up at its first call (three passes as without graphs).
+        Answers are those of the plain path, up to rounding. What does not fit takes the plain path: see
+        `compiled_reuse.stats()`.
+
+        Args:
+            bucket: new tokens, and tokens of a group, are padded to multiples of it.
+            max_bytes: bound on the static buffers of keys and values.
+            max_graphs: bound on the graphs; the least recently used is dropped.
+            max_batch: the most rows of a batch, and groups of a call, that run so.
+            capture: False: the same padded passes without graphs, on any device, to compare with.
+
+        Returns:
+            The new object; an earlier one and its graphs are dropped.
+
+        Raises:
+            ValueError: a number is less than 1.
+        """
+        self.disable_compiled_reuse()
+        self.base_model._compiled_reuse = CapturedReuse(bucket, max_bytes, max_graphs, max_batch, capture)
+        return self.compiled_reuse
+
+    def disable_compiled_reuse(self) -> None:
+        """Drops every captured graph; reused answers are launched by Python again."""
+        if self.compiled_reuse is not None:
+            self.compiled_reuse.clear()
+        self.base_model._compiled_reuse = None

@@ -26,7 +26,7 @@ def content_key(pixel_values: torch.Tensor, patch_mask: torch.Tensor, context: b
     Args:
         pixel_values: `[3, S, S]`, any float dtype.
         patch_mask: `[P]` bool.
-        context: what else the value depends on, see `tokens_context`.
+        context: what else the value depends on: `in_namespace` of `tokens_run_key`.
     """
     digest = hashlib.blake2b(context, digest_size=DIGEST_BYTES)
     for tensor in (pixel_values, patch_mask):
@@ -59,24 +59,29 @@ def prefix_key(
     Args:
         input_ids, position_ids: `[n]`, everything from the row's first token to that end.
         content: `content_key` of each background before that end, in order.
-        context: what else the value depends on, see `prefix_context`.
+        context: what else the value depends on: `in_namespace` of `prefix_run_key`.
     """
     return joined_key(
         context, input_ids.cpu().numpy().tobytes(), position_ids.cpu().numpy().tobytes(), *content
     )
 
 
-def tokens_context(model) -> bytes:
-    """What a background's vision tokens depend on beyond its pixels and mask; `model` is a `BackdropModel`."""
-    return _context(model, model.vision_modules(BACKGROUND))
+def tokens_run_key(model) -> bytes:
+    """How a `BackdropModel` makes vision tokens of backgrounds: weights and settings."""
+    return _run_key(model, model.vision_modules(BACKGROUND))
 
 
-def prefix_context(model) -> bytes:
-    """What keys and values of the language model depend on beyond ids, positions and vision tokens."""
+def prefix_run_key(model) -> bytes:
+    """How a `BackdropModel` makes keys and values of its language model: weights and settings."""
     modules = [model.language_model]
     if model.config.num_prefusion_layers:
         modules.append(model.prefusion)
-    return _context(model, modules)
+    return _run_key(model, modules)
+
+
+def in_namespace(model, run_key: bytes) -> bytes:
+    """A run key in the present namespace of the model's background cache: what is stored under it crosses neither."""
+    return joined_key(model.background_cache.namespace.encode(), run_key)
 
 
 def joined_key(*parts: bytes) -> bytes:
@@ -88,8 +93,8 @@ def joined_key(*parts: bytes) -> bytes:
     return digest.digest()
 
 
-def _context(model, modules: Sequence[nn.Module]) -> bytes:
-    """Digest of the cache's namespace, of how the model runs (dtype, attention, switches) and of the modules' weights."""
+def _run_key(model, modules: Sequence[nn.Module]) -> bytes:
+    """Digest of how the model runs (dtype, attention, switches) and of the modules' weights."""
     config, cache = model.config, model.background_cache
     autocast = [
         f"{device_type}={torch.get_autocast_dtype(device_type)}"
@@ -115,4 +120,4 @@ def _context(model, modules: Sequence[nn.Module]) -> bytes:
             model.device.type,
             config.to_json_string(),
         )
-    return joined_key(cache.namespace.encode(), repr(settings).encode(), cache.weights_key(*modules))
+    return joined_key(repr(settings).encode(), cache.weights_key(*modules))

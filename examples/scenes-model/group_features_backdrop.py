@@ -3,15 +3,16 @@
 Shapes: `G` groups, `P` patches, `S` image side, `n_g` tokens of group g, `D` text width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
 from .background_cache_backdrop import BackgroundCache
-from .cache_keys_backdrop import content_keys, tokens_context
+from .cache_keys_backdrop import content_keys, in_namespace, tokens_run_key
 from .cache_tiers_backdrop import synchronized_clock
 from .configuration_backdrop import BACKGROUND, OBJECT, BackdropConfig
 from .grouped_vision_backdrop import encode_groups
@@ -126,20 +127,25 @@ def check_groups(
     return PatchGroups(pixel_values, patch_mask, tuple(kinds))
 
 
-def encode_by_kind(model, groups: PatchGroups) -> list[torch.Tensor]:
+def encode_by_kind(
+    model, groups: PatchGroups, layers_pass: Callable[..., list[torch.Tensor] | None] | None = None
+) -> list[torch.Tensor]:
     """Groups through tower and projector, apart by kind only where the kinds have modules of their own.
+
+    Args:
+        layers_pass: see `encode_groups`; only for the tower of the backgrounds.
 
     Returns:
         `G` tensors `[n_g, D]`.
     """
     config = model.config
     if not (config.separate_vision_towers or config.separate_projectors):
-        return _encode_alike(model, groups, BACKGROUND)
+        return _encode_alike(model, groups, BACKGROUND, layers_pass)
     features: list = [None] * len(groups)
     for kind in sorted(set(groups.kinds)):
         members = [g for g, other in enumerate(groups.kinds) if other == kind]
         part = groups if len(members) == len(groups) else groups.select(members)
-        for g, feature in zip(members, _encode_alike(model, part, kind), strict=True):
+        for g, feature in zip(members, _encode_alike(model, part, kind, layers_pass), strict=True):
             features[g] = feature
     return features
 
@@ -162,7 +168,7 @@ def in_raster_order(features: list[torch.Tensor], groups: PatchGroups) -> list[t
     return features
 
 
-def _encode_alike(model, groups: PatchGroups, kind: int) -> list[torch.Tensor]:
+def _encode_alike(model, groups: PatchGroups, kind: int, layers_pass=None) -> list[torch.Tensor]:
     """All groups through the tower and projector of one kind."""
     config = model.config
     tower, projector = model.vision_modules(kind)
@@ -173,6 +179,7 @@ def _encode_alike(model, groups: PatchGroups, kind: int) -> list[torch.Tensor]:
         groups.patch_mask if masked else torch.ones_like(groups.patch_mask),
         config.vision_feature_layer,
         config.vision_feature_select_strategy,
+        layers_pass,
     )
     if not masked:
         kept = nn.functional.pad(groups.patch_mask, (config.extra_tokens_per_group, 0), value=True)
@@ -188,7 +195,9 @@ def _encode_with_cache(
     # Offloaded weights are on "meta", where no tensor can be read.
     devices = [torch.device("cpu") if device.type == "meta" else device]
     backgrounds = [g for g, kind in enumerate(groups.kinds) if kind == BACKGROUND]
-    hashed = content_keys(groups.pixel_values, groups.patch_mask, backgrounds, tokens_context(model))
+    run_key = tokens_run_key(model)
+    context = in_namespace(model, run_key)
+    hashed = content_keys(groups.pixel_values, groups.patch_mask, backgrounds, context)
     keys = [hashed.get(g) for g in range(len(groups))]
     tokens = model.tokens_per_group(groups.patch_mask)
     known: dict[bytes, torch.Tensor | None] = {}  # None: being encoded
@@ -209,7 +218,13 @@ def _encode_with_cache(
     encoded: dict[int, torch.Tensor] = {}
     if to_encode:
         started = synchronized_clock(device)
-        encoded = dict(zip(to_encode, encode_by_kind(model, groups.select(to_encode)), strict=True))
+        layers_pass = None
+        only_objects = all(keys[g] is None for g in to_encode)
+        # The run key is of the background's tower.
+        if model.compiled_reuse is not None and only_objects and not model.config.separate_vision_towers:
+            layers_pass = partial(model.compiled_reuse.tower_layers, model, run_key)
+        features = encode_by_kind(model, groups.select(to_encode), layers_pass)
+        encoded = dict(zip(to_encode, features, strict=True))
         seconds_per_token = (synchronized_clock(device) - started) / computed
     for g, feature in encoded.items():
         if keys[g] is not None:

@@ -9,6 +9,7 @@ Shapes: `G` groups, `P` patches of the grid, `C` prefix tokens (CLS), `D` tower 
 """
 
 import inspect
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ def encode_groups(
     patch_mask: torch.Tensor,
     vision_feature_layer: int | list[int] = -2,
     vision_feature_select_strategy: str = "default",
+    layers_pass: Callable[..., list[torch.Tensor] | None] | None = None,
 ) -> list[torch.Tensor]:
     """Features of each group's own patches.
 
@@ -32,6 +34,9 @@ def encode_groups(
         patch_mask: `[G, P]` bool, row-major over the grid; each group owns at least one patch.
         vision_feature_layer: index into the tower's hidden states, or several, concatenated on the width.
         vision_feature_select_strategy: "default" drops the CLS token, "full" keeps it in front.
+        layers_pass: another way to run the layers, asked first where they take a mask: called with the layers, the
+            embedded tokens `[T, D]`, the `G` lengths `C + n_g` and the depths (see `run_layers`), it gives `G` tensors
+            `[C + n_g, D * layers]`, or None.
 
     Returns:
         `G` tensors `[n_g (+ C), D * layers]` in the tower's dtype.
@@ -49,9 +54,13 @@ def encode_groups(
     dropped = prefix_tokens if vision_feature_select_strategy == "default" else 0
     accepts_mask = "attention_mask" in inspect.signature(type(layers[0]).forward).parameters
     maskable = accepts_mask and vision_tower.config._attn_implementation in ("eager", "sdpa")
+    if layers_pass is not None and maskable:
+        states = layers_pass(layers, hidden[keep], lengths, depths)
+        if states is not None:
+            return [state[dropped:] for state in states]
     if len(set(lengths)) == 1:
         packed = hidden if lengths[0] == hidden.shape[1] else hidden[keep].view(len(lengths), lengths[0], -1)
-        states = _run_layers(layers, packed, None, depths)
+        states = run_layers(layers, packed, None, depths)
         return list(states[:, dropped:])
     if maskable:
         return _encode_packed_rows(layers, hidden[keep], lengths, depths, dropped, vision_tower.config)
@@ -111,7 +120,7 @@ def _encode_packed_rows(layers, tokens, lengths, depths, dropped, config):
     if config._attn_implementation == "eager":
         blocked = torch.zeros((), dtype=packed.dtype, device=packed.device)
         mask = torch.where(mask, blocked, torch.finfo(packed.dtype).min)
-    states = _run_layers(layers, packed, mask, depths)
+    states = run_layers(layers, packed, mask, depths)
     return [states[r, start + dropped : start + lengths[i]] for i, (r, start) in sorted(located.items())]
 
 
@@ -121,14 +130,17 @@ def _encode_by_length(layers, tokens, lengths, depths, dropped):
     features = [None] * len(lengths)
     for length in sorted(set(lengths)):
         members = [i for i, n in enumerate(lengths) if n == length]
-        states = _run_layers(layers, torch.stack([groups[i] for i in members]), None, depths)
+        states = run_layers(layers, torch.stack([groups[i] for i in members]), None, depths)
         for i, state in zip(members, states, strict=True):
             features[i] = state[dropped:]
     return features
 
 
-def _run_layers(layers, hidden, mask, depths):
-    """`[R, L, D]` -> `[R, L, D * len(depths)]`; layers after the deepest one asked for are not computed."""
+def run_layers(layers, hidden, mask, depths):
+    """`hidden [R, L, D]` -> `[R, L, D * len(depths)]`; layers after the deepest one asked for are not computed.
+
+    `depths`: how many of the layers to run for each of the states, which are concatenated on the width.
+    """
     states = {0: hidden}
     for depth, layer in enumerate(layers[: max(depths)], start=1):
         hidden = layer(hidden) if mask is None and not _needs_mask(layer) else layer(hidden, mask)

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import can_return_tuple
 
 from .cache_access_backdrop import BackgroundCacheMixin
+from .captured_reuse_backdrop import run_language_model
 from .configuration_backdrop import BACKGROUND, OBJECT, BackdropConfig
 from .generation_backdrop import BackdropGenerationMixin
 from .group_features_backdrop import group_features
@@ -224,13 +225,13 @@ class BackdropModel(BackdropPreTrainedModel):
             inputs_embeds = self.prefusion(
                 inputs_embeds, self.language_model.rotary_emb, attention_mask, position_ids, past_key_values
             )
-        outputs = self.language_model(
+        outputs = run_language_model(
+            self,
+            past_key_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            return_dict=True,
             **kwargs,
         )
         release_background(past_key_values)

@@ -4,7 +4,7 @@ import torch
 from transformers import Cache, DynamicCache
 
 from .background_prefix_backdrop import background_prefix
-from .cache_keys_backdrop import prefix_context
+from .cache_keys_backdrop import in_namespace, prefix_run_key
 from .group_features_backdrop import EncodedGroups, group_features
 from .prefix_pass_backdrop import load_background_prefix
 from .prefix_rules_backdrop import may_load_prefix
@@ -95,16 +95,17 @@ def _load_prefix(
     if position_ids is None:
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
     position_ids = position_ids.expand(input_ids.shape[0], -1)
+    run_key = prefix_run_key(model)
     prefix = background_prefix(
         PromptBatch(input_ids, prompt.attention_mask, position_ids),
         layout,
         encoded,
         config.image_token_id,
-        prefix_context(model),
+        in_namespace(model, run_key),
     )
     if prefix is None:
         return 0
-    load_background_prefix(model, prefix, past_key_values)
+    load_background_prefix(model, prefix, past_key_values, run_key)
     return prefix.length
 
 

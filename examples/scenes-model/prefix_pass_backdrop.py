@@ -14,12 +14,13 @@ from transformers.cache_utils import DynamicLayer
 from .background_prefix_backdrop import BackgroundPrefix, PrefixSegment
 from .cache_tiers_backdrop import Lease, synchronized_clock
 from .prefusion_backdrop import grow_cache
+from .static_passes_backdrop import ReusedPrefix
 
 # Of all layers for one segment, `[1, H, n, d]` each: keys and values of the first layer, of the second, and so on.
 KeysAndValues = tuple[torch.Tensor, ...]
 
 
-def load_background_prefix(model, prefix: BackgroundPrefix, past_key_values: Cache) -> None:
+def load_background_prefix(model, prefix: BackgroundPrefix, past_key_values: Cache, run_key: bytes) -> None:
     """Puts the keys and values of a prefix into an empty cache.
 
     Args:
@@ -27,6 +28,7 @@ def load_background_prefix(model, prefix: BackgroundPrefix, past_key_values: Cac
         prefix: what every row begins with.
         past_key_values: empty; afterwards it holds the first `c` positions of each row. What it shares with the
             background cache stays pinned there until `release_background` or its own end.
+        run_key: of the language model, see `prefix_run_key`.
     """
     lease = model.background_cache.lease()
     loaded: dict[bytes, KeysAndValues] = {}
@@ -41,7 +43,11 @@ def load_background_prefix(model, prefix: BackgroundPrefix, past_key_values: Cac
                 loaded[segment.key] = _load_segment(model, segment, values, lease)
             values.append(loaded[segment.key])
         rows.append(values)
-    _fill(past_key_values, rows, [row.start for row in prefix.rows], prefix.length)
+    starts = [row.start for row in prefix.rows]
+    _fill(past_key_values, rows, starts, prefix.length)
+    if model.compiled_reuse is not None:
+        sources = tuple(values[0] for segments in rows for values in segments)
+        past_key_values.reused_prefix = ReusedPrefix(run_key, tuple(starts), prefix.length, sources)
     # The cache shares stored tensors until the next pass has copied them.
     past_key_values.background_lease = lease
     weakref.finalize(past_key_values, lease.release)
