@@ -29,14 +29,15 @@ STAGES = {
     "normalise": ("backdrop.processing.image_processing_backdrop:BackdropImageProcessor._normalized",),
     "tokenise": ("transformers:PreTrainedTokenizerFast._encode_plus",),
     "key": (
-        "backdrop.modeling.modeling_backdrop:BackdropModel.memo_context",
-        "backdrop.modeling.modeling_backdrop:content_keys",
+        "backdrop.modeling.group_features_backdrop:tokens_context",
+        "backdrop.modeling.prefill_backdrop:prefix_context",
+        "backdrop.modeling.group_features_backdrop:content_keys",
     ),
     "tower": (
-        "backdrop.modeling.modeling_backdrop:encode_groups",
+        "backdrop.modeling.group_features_backdrop:encode_groups",
         "transformers.models.clip.modeling_clip:CLIPVisionModel.forward",
     ),
-    "prefix copy": ("backdrop.modeling.background_prefix_backdrop:_fill",),
+    "prefix copy": ("backdrop.modeling.prefix_pass_backdrop:_fill",),
     "language model": ("transformers.models.llama.modeling_llama:LlamaModel.forward",),
 }
 REST = "generate and the rest"
