@@ -21,7 +21,8 @@ from transformers.utils import logging
 
 from .background_folder_backdrop import BackgroundFolder
 from .cache_tiers_backdrop import CacheEntry, CacheTier, Lease, TransferSpeed, compact
-from .weights_key_backdrop import weights_digest, weights_fingerprint
+from .weights_fingerprint_backdrop import WeightsFingerprints
+from .weights_key_backdrop import weights_digest
 
 logger = logging.get_logger(__name__)
 
@@ -65,7 +66,8 @@ class BackgroundCache:
         self.host_tier = CacheTier(int(host_max_bytes))
         self._lock = threading.RLock()
         self._counts: dict[str, float] = {}
-        self._digests: OrderedDict[bytes, bytes] = OrderedDict()
+        self._fingerprints = WeightsFingerprints()
+        self._digests: OrderedDict[bytes, bytes] = OrderedDict()  # of all weights, by fingerprint
         # Of computing, by value value_kind, from this process's misses.
         self._compute_seconds_per_byte: dict[str, float] = {}
         self._transfers = TransferSpeed()
@@ -184,6 +186,7 @@ class BackgroundCache:
         with self._lock:
             self.device_tier = CacheTier(self.device_tier.max_bytes)
             self.host_tier = CacheTier(self.host_tier.max_bytes)
+            self._fingerprints.clear()
             self._digests.clear()
         if self.folder is not None:
             self.folder.clear()
@@ -194,7 +197,7 @@ class BackgroundCache:
         Without a folder their fingerprint, cheap and valid in this process only. With a folder, which other processes
         read, a digest of all weights, computed once for each fingerprint.
         """
-        fingerprint = weights_fingerprint(*modules)
+        fingerprint = self._fingerprints.of(*modules)
         if self.folder is None:
             return fingerprint
         with self._lock:
