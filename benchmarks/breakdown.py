@@ -26,7 +26,7 @@ STAGES = {
         "backdrop.processing.background_matching_backdrop:BackgroundMatcher.accept",
         "backdrop.processing.background_matching_backdrop:BackgroundMatcher.miss",
     ),
-    "normalise": ("backdrop.processing.image_processing_backdrop:BackdropImageProcessor._normalized",),
+    "normalise": ("backdrop.processing.image_processing_backdrop:BackdropImageProcessor._pixel_values",),
     "tokenise": ("transformers:PreTrainedTokenizerFast._encode_plus",),
     "key": (
         "backdrop.modeling.group_features_backdrop:tokens_context",

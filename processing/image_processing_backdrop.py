@@ -15,10 +15,11 @@ from .detections_backdrop import Detections
 from .detector_backdrop import ObjectDetector
 from .detector_source_backdrop import DetectorSource
 from .image_geometry_backdrop import ImageGeometry
-from .image_loading_backdrop import load_image, rgb_array, rgba_array, upright
+from .image_loading_backdrop import load_image, rgb_picture, rgba_array, upright
 from .image_options_backdrop import BackdropImagesKwargs, check_options
 from .image_splitting_backdrop import ImageSplitter, whole_image_group
 from .patch_groups_backdrop import METADATA_KEY, PatchGroup, looks_like_group, read_group
+from .pixel_values_backdrop import pixel_values
 
 
 class BackdropImageProcessor(PilBackend):
@@ -94,8 +95,8 @@ class BackdropImageProcessor(PilBackend):
         return [self._model_image(upright(image), options) for image in images]
 
     def _model_image(self, image, options: dict) -> np.ndarray:
-        rgb = rgb_array(image, options.get("input_data_format"))
-        return ImageGeometry.from_options(options).apply(rgb, self)
+        picture = rgb_picture(image, options.get("input_data_format"))
+        return ImageGeometry.from_options(options).apply(picture, self)
 
     # ---- preprocessing
 
@@ -121,22 +122,20 @@ class BackdropImageProcessor(PilBackend):
         groups_per_image = self.image_groups(images, **options)
         groups = [group for image_groups in groups_per_image for group in image_groups]
         data = {
-            "pixel_values": [self._normalized(group.pixels, options) for group in groups],
+            "pixel_values": self._pixel_values(groups, options),
             "patch_mask": [group.patch_mask for group in groups],
             "group_kind": [group.kind for group in groups],
             "groups_per_image": [len(image_groups) for image_groups in groups_per_image],
         }
-        if return_tensors is not None:
-            data = {name: np.stack(values) if groups else np.array(values) for name, values in data.items()}
+        if return_tensors is None:
+            data["pixel_values"] = list(data["pixel_values"])
+        else:
+            # np.asarray leaves the pixels, which are one array already, where they are.
+            data = {name: np.asarray(values) for name, values in data.items()}
         return BatchFeature(data=data, tensor_type=return_tensors)
 
-    def _normalized(self, pixels: np.ndarray, options: dict) -> np.ndarray:
-        array = np.moveaxis(pixels, -1, 0)
-        if options["do_rescale"]:
-            array = self.rescale(array, options["rescale_factor"])
-        if options["do_normalize"]:
-            array = self.normalize(array, options["image_mean"], options["image_std"])
-        return np.ascontiguousarray(array, dtype=np.float32)
+    def _pixel_values(self, groups: list[PatchGroup], options: dict) -> np.ndarray | list:
+        return pixel_values([group.pixels for group in groups], options, self) if groups else []
 
     # ---- patch groups
 
