@@ -18,7 +18,7 @@ import torch
 STAGES = {
     "detector": ("backdrop.benchmarks.ttft:PlantedDetector.detect",),
     "decode and resize": (
-        "backdrop.processing.image_processing_backdrop:BackdropImageProcessor._model_image",
+        "backdrop.processing.image_processing_backdrop:BackdropImageProcessor._prepared",
         "transformers.models.clip.image_processing_clip:CLIPImageProcessor._preprocess",
     ),
     "match": (
