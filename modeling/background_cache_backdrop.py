@@ -13,7 +13,7 @@ import contextvars
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -111,7 +111,7 @@ class BackgroundCache:
         self,
         value_kind: str,
         key: bytes,
-        devices: Sequence[torch.device] | None = None,
+        devices: Sequence[torch.device] | Callable[[], Sequence[torch.device]] | None = None,
         lease: Lease | None = None,
     ) -> tuple[torch.Tensor, ...] | None:
         """The stored tensors, which nobody may write to, or None.
@@ -119,7 +119,8 @@ class BackgroundCache:
         Args:
             value_kind: "tokens" or "prefix".
             key: digest of everything that the value depends on.
-            devices: where tensors that come from a lower tier go, one each, repeated if fewer; None: the CPU.
+            devices: where tensors that come from a lower tier go, one each, repeated if fewer, or what gives them
+                (asked only then); None: the CPU.
             lease: pins the entry, see `lease`.
         """
         with self._lock:
@@ -130,6 +131,8 @@ class BackgroundCache:
                 if lease is not None:
                     lease.pin(entry)
                 return entry.tensors
+        if callable(devices):
+            devices = devices()
         entry = self._fetch(value_kind, key, devices or [torch.device("cpu")], lease)
         if entry is None:
             logger.debug("background %s not known", value_kind)
@@ -209,6 +212,10 @@ class BackgroundCache:
                 while len(self._digests) > MAX_DIGESTS:
                     self._digests.popitem(last=False)
         return digest
+
+    def forget_weights(self) -> None:
+        """Lets the weights' memory go; their key is made anew when it is next asked for, and is the same if they are."""
+        self._fingerprints.clear()
 
     def record_tokens(self, reused: int, computed: int) -> None:
         """Counts vision tokens that came from the cache, and those that were computed."""

@@ -9,6 +9,8 @@ Shapes: `G` groups, `P` patches of the grid, `C` prefix tokens (CLS), `D` tower 
 """
 
 import inspect
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -47,7 +49,7 @@ def encode_groups(
     lengths = keep.sum(-1).tolist()
 
     dropped = prefix_tokens if vision_feature_select_strategy == "default" else 0
-    accepts_mask = "attention_mask" in inspect.signature(type(layers[0]).forward).parameters
+    accepts_mask = "attention_mask" in _forward_parameters(type(layers[0]).forward)
     maskable = accepts_mask and vision_tower.config._attn_implementation in ("eager", "sdpa")
     if len(set(lengths)) == 1:
         packed = hidden if lengths[0] == hidden.shape[1] else hidden[keep].view(len(lengths), lengths[0], -1)
@@ -139,8 +141,14 @@ def _run_layers(layers, hidden, mask, depths):
 
 def _needs_mask(layer: nn.Module) -> bool:
     """CLIP's and SigLIP's layers take the mask without a default."""
-    parameter = inspect.signature(type(layer).forward).parameters.get("attention_mask")
+    parameter = _forward_parameters(type(layer).forward).get("attention_mask")
     return parameter is not None and parameter.default is inspect.Parameter.empty
+
+
+@lru_cache(maxsize=16)
+def _forward_parameters(forward: Callable) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a layer's `forward`; reading a signature takes longer than launching a kernel."""
+    return inspect.signature(forward).parameters
 
 
 def _embed(vision_tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:

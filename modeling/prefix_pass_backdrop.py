@@ -6,6 +6,7 @@ Shapes: `B` rows, `n` tokens of a segment, `H` key/value heads, `d` head width, 
 """
 
 import weakref
+from functools import partial
 
 import torch
 from transformers import Cache, DynamicCache
@@ -79,7 +80,7 @@ def run_prefix_pass(model, segment: PrefixSegment, before: list[KeysAndValues]) 
 def _load_segment(model, segment: PrefixSegment, before: list[KeysAndValues], lease: Lease) -> KeysAndValues:
     """A background's segment from the cache, or computed and stored."""
     cache, device = model.background_cache, segment.image_embeds.device
-    values = cache.get("prefix", segment.key, _layer_devices(model), lease)
+    values = cache.get("prefix", segment.key, partial(_layer_devices, model), lease)
     if values is None:
         started = synchronized_clock(device)
         values = run_prefix_pass(model, segment, before)
