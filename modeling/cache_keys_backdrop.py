@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 
 from .configuration_backdrop import BACKGROUND
+from .host_copies_backdrop import host_copies
 from .weights_fingerprint_backdrop import DIGEST_BYTES
 
 
@@ -40,15 +41,16 @@ def content_keys(
     pixel_values: torch.Tensor, patch_mask: torch.Tensor, groups: list[int], context: bytes
 ) -> dict[int, bytes]:
     """`content_key` of some groups of `pixel_values [G, 3, S, S]`, `patch_mask [G, P]`, several at a time."""
-    pixels, masks = pixel_values.detach().cpu(), patch_mask.detach().cpu()
+    copies = host_copies([tensor[g] for tensor in (pixel_values, patch_mask) for g in groups])
+    pixels, masks = copies[: len(groups)], copies[len(groups) :]
 
-    def one(g: int) -> bytes:
-        return content_key(pixels[g], masks[g], context)
+    def one(pixels: torch.Tensor, mask: torch.Tensor) -> bytes:
+        return content_key(pixels, mask, context)
 
     if len(groups) < 2:
-        return {g: one(g) for g in groups}
+        return dict(zip(groups, map(one, pixels, masks), strict=True))
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the interpreter's lock
-        return dict(zip(groups, pool.map(one, groups), strict=True))
+        return dict(zip(groups, pool.map(one, pixels, masks), strict=True))
 
 
 def prefix_key(

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .configuration_backdrop import TOWER_PREFIX_TOKENS
+from .host_copies_backdrop import to_device
 
 
 def encode_groups(
@@ -31,7 +32,8 @@ def encode_groups(
     Args:
         vision_tower: a `CLIPVisionModel`, `SiglipVisionModel` or `Dinov2Model`.
         pixel_values: `[G, 3, S, S]`, normalised.
-        patch_mask: `[G, P]` bool, row-major over the grid; each group owns at least one patch.
+        patch_mask: `[G, P]` bool, row-major over the grid; each group owns at least one patch. Best on the CPU, where
+            its lengths are read.
         vision_feature_layer: index into the tower's hidden states, or several, concatenated on the width.
         vision_feature_select_strategy: "default" drops the CLS token, "full" keeps it in front.
 
@@ -45,19 +47,22 @@ def encode_groups(
     layers = _encoder_layers(vision_tower)
     depths = [_depth(index, len(layers)) for index in _as_list(vision_feature_layer)]
     hidden = _embed(vision_tower, pixel_values)  # [G, C + P, D]
-    keep = torch.nn.functional.pad(patch_mask.to(hidden.device), (prefix_tokens, 0), value=True)  # [G, C + P]
+    keep = torch.nn.functional.pad(patch_mask.cpu(), (prefix_tokens, 0), value=True)  # [G, C + P]
     lengths = keep.sum(-1).tolist()
+
+    def kept_tokens() -> torch.Tensor:  # [T, D]
+        return hidden.flatten(0, 1)[to_device(keep.flatten().nonzero().squeeze(-1), hidden.device)]
 
     dropped = prefix_tokens if vision_feature_select_strategy == "default" else 0
     accepts_mask = "attention_mask" in _forward_parameters(type(layers[0]).forward)
     maskable = accepts_mask and vision_tower.config._attn_implementation in ("eager", "sdpa")
     if len(set(lengths)) == 1:
-        packed = hidden if lengths[0] == hidden.shape[1] else hidden[keep].view(len(lengths), lengths[0], -1)
+        packed = hidden if lengths[0] == hidden.shape[1] else kept_tokens().view(len(lengths), lengths[0], -1)
         states = _run_layers(layers, packed, None, depths)
         return list(states[:, dropped:])
     if maskable:
-        return _encode_packed_rows(layers, hidden[keep], lengths, depths, dropped, vision_tower.config)
-    return _encode_by_length(layers, hidden[keep], lengths, depths, dropped)
+        return _encode_packed_rows(layers, kept_tokens(), lengths, depths, dropped, vision_tower.config)
+    return _encode_by_length(layers, kept_tokens(), lengths, depths, dropped)
 
 
 def plan_rows(lengths: list[int], width: int) -> list[list[int]]:
@@ -106,8 +111,8 @@ def _encode_packed_rows(layers, tokens, lengths, depths, dropped, config):
             owner[r, position : position + lengths[i]] = i
             located[i] = (r, position)
             position += lengths[i]
-    packed = tokens[torch.from_numpy(source).to(tokens.device)]  # [R, L, D]
-    owner = torch.from_numpy(owner).to(tokens.device)
+    packed = tokens[to_device(torch.from_numpy(source), tokens.device)]  # [R, L, D]
+    owner = to_device(torch.from_numpy(owner), tokens.device)
     # Padding is a block of its own: a query that may attend to nothing would be NaN.
     mask = owner[:, None, :, None] == owner[:, None, None, :]  # [R, 1, L, L]
     if config._attn_implementation == "eager":

@@ -65,9 +65,12 @@ def run_prefix_pass(model, segment: PrefixSegment, before: list[KeysAndValues]) 
     for i in range(len(before[0]) // 2 if before else 0):
         keys, values = (torch.cat([part[2 * i + which] for part in before], dim=2) for which in (0, 1))
         past_key_values.update(keys, values, i)
+    device = model.get_input_embeddings().weight.device
+    if device.type == "meta":  # offloaded: accelerate's hooks move what they need
+        device = segment.input_ids.device
     model(
-        input_ids=segment.input_ids[None],
-        position_ids=segment.position_ids[None],
+        input_ids=segment.input_ids[None].to(device),
+        position_ids=segment.position_ids[None].to(device),
         image_embeds=segment.image_embeds,
         past_key_values=past_key_values,
         use_cache=True,
