@@ -127,7 +127,8 @@ def _batch(rows: list[list[torch.Tensor]], starts: list[int], length: int) -> to
     Padding is zero, and masked anyway. One segment of one row is handed on as it is, without a copy.
     """
     if len(rows) == 1 and len(rows[0]) == 1 and not starts[0]:
-        return rows[0][0][:, :, :length]
+        stored = rows[0][0]
+        return stored if stored.shape[2] == length else stored[:, :, :length]
     like = next(segments[0] for segments in rows if segments)
     batch = like.new_zeros((len(rows), like.shape[1], length, like.shape[3]))
     for r, (segments, start) in enumerate(zip(rows, starts, strict=True)):

@@ -1,4 +1,4 @@
-"""Copies on the host, and how often a reused answer waits for the device."""
+"""Copies on the host: several tensors through one copy."""
 
 import pytest
 import torch
