@@ -16,9 +16,9 @@ import torch
 
 # stage -> functions, as "module:attribute path". `tests/benchmarks/test_breakdown.py` looks each one up.
 STAGES = {
-    "detector": ("backdrop.benchmarks.ttft:PlantedDetector.detect",),
+    "detector": ("backdrop.benchmarks.planted_detector:PlantedDetector.detect",),
     "decode and resize": (
-        "backdrop.processing.image_processing_backdrop:BackdropImageProcessor._model_image",
+        "backdrop.processing.image_processing_backdrop:BackdropImageProcessor._prepared",
         "transformers.models.clip.image_processing_clip:CLIPImageProcessor._preprocess",
     ),
     "match": (
@@ -26,17 +26,18 @@ STAGES = {
         "backdrop.processing.background_matching_backdrop:BackgroundMatcher.accept",
         "backdrop.processing.background_matching_backdrop:BackgroundMatcher.miss",
     ),
-    "normalise": ("backdrop.processing.image_processing_backdrop:BackdropImageProcessor._normalized",),
+    "normalise": ("backdrop.processing.image_processing_backdrop:BackdropImageProcessor._pixel_values",),
     "tokenise": ("transformers:PreTrainedTokenizerFast._encode_plus",),
     "key": (
-        "backdrop.modeling.modeling_backdrop:BackdropModel.memo_context",
-        "backdrop.modeling.modeling_backdrop:content_keys",
+        "backdrop.modeling.group_features_backdrop:tokens_run_key",
+        "backdrop.modeling.prefill_backdrop:prefix_run_key",
+        "backdrop.modeling.group_features_backdrop:content_keys",
     ),
     "tower": (
-        "backdrop.modeling.modeling_backdrop:encode_groups",
+        "backdrop.modeling.group_features_backdrop:encode_groups",
         "transformers.models.clip.modeling_clip:CLIPVisionModel.forward",
     ),
-    "prefix copy": ("backdrop.modeling.background_prefix_backdrop:_fill",),
+    "prefix copy": ("backdrop.modeling.prefix_pass_backdrop:_fill",),
     "language model": ("transformers.models.llama.modeling_llama:LlamaModel.forward",),
 }
 REST = "generate and the rest"

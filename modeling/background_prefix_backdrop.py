@@ -24,7 +24,7 @@ EXTRA_PASS_TOKENS = 64  # what one more pass over a single row costs, in tokens
 class PrefixSegment:
     """A stretch of one row that is computed in one pass, on top of the segments before it.
 
-    `input_ids [n]`; `position_ids [n]`; `image_embeds [m, D]`, the vision tokens of its placeholders, None: it has none.
+    `input_ids [n]`, `position_ids [n]`, on the CPU; `image_embeds [m, D]`, the vision tokens of its placeholders, None: it has none.
     `key`: the background cache's key of its keys and values; None: it is the row's own, and is not kept.
     """
 
@@ -60,7 +60,7 @@ def background_prefix(
     """The prefix with which a batch begins, None if none of its rows is led by a background.
 
     Args:
-        prompt: `position_ids` are `[B, L]`.
+        prompt: on the CPU; `position_ids` are `[B, L]`.
         layout: one `PromptRow` per row.
         encoded: the groups of all rows.
         context: what the keys and values depend on beyond ids, positions and pixels, see `prefix_key`.

@@ -4,7 +4,7 @@ import torch
 from transformers import GenerationMixin
 
 from .group_features_backdrop import group_features
-from .prefill_backdrop import prefill_images, prefill_inputs
+from .prefill_backdrop import plan_prefill, prefill_images, prefill_inputs
 from .prompt_layout_backdrop import PromptBatch, rows_of_groups
 
 
@@ -34,20 +34,21 @@ class BackdropGenerationMixin(GenerationMixin):
         """
         wants_images = is_first_iteration or not kwargs.get("use_cache", True)
         if wants_images and pixel_values is not None:
-            encoded = group_features(self.model, pixel_values, patch_mask, group_kind)
-            if group_index is not None:
-                encoded = encoded.select(group_index.tolist())
-            if inputs_embeds is not None:
-                image_embeds = torch.cat(encoded.features) if encoded.features else None
-            else:
+            plan = None
+            if inputs_embeds is None:
                 length = input_ids.shape[1]
                 seen = length - next_sequence_length if next_sequence_length is not None else 0
                 wants_all_states = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
                 prompt = PromptBatch(input_ids, attention_mask, kwargs.get("position_ids"))
-                cached, image_embeds = prefill_images(
-                    self.model, prompt, encoded, past_key_values, seen, load=not wants_all_states
-                )
-                if cached != seen:
+                plan = plan_prefill(self.model, prompt, past_key_values, seen, load=not wants_all_states)
+            encoded = group_features(self.model, pixel_values, patch_mask, group_kind)
+            if group_index is not None:
+                encoded = encoded.select(group_index.tolist())
+            if plan is None:
+                image_embeds = torch.cat(encoded.features) if encoded.features else None
+            else:
+                cached, image_embeds = prefill_images(self.model, plan, encoded, past_key_values)
+                if cached != plan.cached:
                     next_sequence_length = length - cached
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,

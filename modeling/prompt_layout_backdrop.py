@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .configuration_backdrop import BACKGROUND
+from .host_copies_backdrop import host_copies
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,19 @@ class PromptBatch:
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
+
+    def on_host(self) -> "PromptBatch":
+        """The same on the CPU, as far as it can be laid out."""
+        mask, positions = (
+            form if isinstance(form, torch.Tensor) and form.ndim == 2 else None
+            for form in (self.attention_mask, self.position_ids)
+        )
+        ids, host_mask, host_positions = host_copies([self.input_ids, mask, positions])
+        return PromptBatch(
+            ids,
+            self.attention_mask if mask is None else host_mask,
+            self.position_ids if positions is None else host_positions,
+        )
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import PILImageResampling, SizeDict
+from transformers.image_transforms import get_resize_output_image_size
+from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 
 # Beyond this ratio of sides, only the part that the crop keeps is resized: a 1 x 100,000 px image, resized whole,
 # would take gigabytes.
@@ -66,12 +68,12 @@ class ImageGeometry:
             )
         return size.height
 
-    def apply(self, rgb: np.ndarray, backend: PilBackend) -> np.ndarray:
-        """The picture as the model sees it.
+    def apply(self, picture: Image.Image, backend: PilBackend) -> np.ndarray:
+        """The picture as the model sees it; the pixels equal those of transformers' LLaVA processor.
 
         Args:
-            rgb: uint8 `[H, W, 3]`.
-            backend: whose `resize` and `center_crop` are used, so that the pixels equal transformers' LLaVA processor's.
+            picture: in mode RGB.
+            backend: whose `resize` is used for sizes of rarer forms, and whose `center_crop`.
 
         Returns:
             uint8 `[S, S, 3]`, contiguous.
@@ -79,45 +81,67 @@ class ImageGeometry:
         Raises:
             ValueError: a picture that no step resizes has another size.
         """
-        array = np.moveaxis(rgb, -1, 0)  # [3, H, W]
         if self.do_pad:
-            array = pad_to_square(array, self.pad_colour)
+            picture = pad_to_square(picture, self.pad_colour)
         side = self.side
         if self.do_resize:
-            height, width = array.shape[1:]
+            width, height = picture.size
             extreme = max(height, width) > EXTREME_ASPECT * min(height, width)
             if extreme and self.do_center_crop and self.size.shortest_edge:
-                array = self._resized_centre(array, backend)
-            else:
-                array = backend.resize(array, size=self.size, resample=self.resample)
+                picture = self._cropped_for_resize(picture)
+            array = self._resized(picture, backend)
+        else:
+            array = np.asarray(picture)
         if self.do_center_crop:
-            array = backend.center_crop(array, self.crop_size)
-        if array.shape != (3, side, side):
+            channels_first = backend.center_crop(np.moveaxis(array, -1, 0), self.crop_size)
+            array = np.moveaxis(channels_first, 0, -1)
+        if array.shape != (side, side, 3):
             raise ValueError(
-                f"The image is {array.shape[2]} x {array.shape[1]} pixels; wanted {side} x {side}."
+                f"The image is {array.shape[1]} x {array.shape[0]} pixels; wanted {side} x {side}."
             )
-        return np.ascontiguousarray(np.moveaxis(array, 0, -1))
+        return np.ascontiguousarray(array)
 
-    def _resized_centre(self, array: np.ndarray, backend: PilBackend) -> np.ndarray:
-        """Resizes just the part of a very long picture that the centre crop keeps.
+    def _resized(self, picture: Image.Image, backend: PilBackend) -> np.ndarray:
+        """Uint8 `[H, W, 3]`, as `backend.resize` would make it; the common sizes without its copies of the picture."""
+        size, resample = self.size, self.resample
+        edges = (size.longest_edge, size.max_height, size.max_width)
+        if (
+            any(edges)
+            or not isinstance(resample, int)
+            or not (size.shortest_edge or (size.height and size.width))
+        ):
+            array = np.moveaxis(np.asarray(picture), -1, 0)
+            return np.moveaxis(backend.resize(array, size=size, resample=resample), 0, -1)
+        height, width = size.height, size.width
+        if size.shortest_edge:
+            # Only the shape of the array is looked at.
+            shape = np.broadcast_to(np.uint8(0), (3, picture.height, picture.width))
+            height, width = get_resize_output_image_size(
+                shape,
+                size=size.shortest_edge,
+                default_to_square=False,
+                input_data_format=ChannelDimension.FIRST,
+            )
+        return np.asarray(picture.resize((width, height), resample=resample))
+
+    def _cropped_for_resize(self, picture: Image.Image) -> Image.Image:
+        """The part of a very long picture that the centre crop keeps once it is resized.
 
         Some pixels more are taken, since the resampling filter reads beyond the crop's edge.
         """
-        long_axis = 1 if array.shape[1] > array.shape[2] else 2
-        short, long = min(array.shape[1:]), max(array.shape[1:])
+        width, height = picture.size
+        short, long = min(height, width), max(height, width)
         kept = short * (self.crop_size.height / self.size.shortest_edge)
         keep = min(long, int(np.ceil(kept)) + 8)
         start = (long - keep) // 2
-        part = array.take(range(start, start + keep), axis=long_axis)
-        return backend.resize(part, size=self.size, resample=self.resample)
+        if height > width:
+            return picture.crop((0, start, width, start + keep))
+        return picture.crop((start, 0, start + keep, height))
 
 
-def pad_to_square(array: np.ndarray, colour: tuple[int, ...]) -> np.ndarray:
-    """`[3, H, W]` -> `[3, M, M]`, M the longer side, the picture in the middle (LLaVA's `expand2square`)."""
-    _, height, width = array.shape
-    side = max(height, width)
-    square = np.empty((3, side, side), dtype=array.dtype)
-    square[:] = np.array(colour, dtype=array.dtype)[:, None, None]
-    top, left = (side - height) // 2, (side - width) // 2
-    square[:, top : top + height, left : left + width] = array
+def pad_to_square(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """A square of the longer side with the picture in its middle (LLaVA's `expand2square`)."""
+    side = max(picture.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     return square

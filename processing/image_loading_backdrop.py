@@ -8,7 +8,7 @@ from io import BytesIO
 from urllib.request import Request, urlopen
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.image_utils import ChannelDimension, ImageType, get_image_type
 
 
@@ -54,8 +54,12 @@ def _open_url(url: str) -> BytesIO:
 
 
 def upright(image):
-    """A PIL image turned as its EXIF orientation says; anything else as it is."""
-    return ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else image
+    """A PIL image turned as its EXIF orientation says; anything else, and what is upright, as it is, without a copy."""
+    if not isinstance(image, Image.Image):
+        return image
+    image.load()  # a PNG's orientation may stand behind its pixels
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return ImageOps.exif_transpose(image) if turned else image
 
 
 def rgba_array(image) -> np.ndarray | None:
@@ -75,7 +79,12 @@ def rgba_array(image) -> np.ndarray | None:
 
 
 def rgb_array(image, input_data_format=None) -> np.ndarray:
-    """Any image as uint8 `[H, W, 3]`.
+    """Any image as uint8 `[H, W, 3]`; see `rgb_picture`."""
+    return np.asarray(rgb_picture(image, input_data_format))
+
+
+def rgb_picture(image, input_data_format=None) -> Image.Image:
+    """Any image as a PIL image in mode RGB, which may be the given one.
 
     Transparency is composited on white, 16-bit grey is scaled to 8 bits, and float values are rounded.
 
@@ -95,7 +104,7 @@ def rgb_array(image, input_data_format=None) -> np.ndarray:
         values = np.asarray(image, dtype=np.float64)
         top = 65535.0 if image.mode.startswith("I") else max(1.0, float(values.max(initial=0)))
         image = Image.fromarray(np.clip(values / top * 255 + 0.5, 0, 255).astype(np.uint8))
-    return np.asarray(image.convert("RGB"))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def array_to_image(image, input_data_format=None) -> Image.Image:

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,13 @@ from .detections_backdrop import Detections
 from .detector_backdrop import ObjectDetector
 from .detector_source_backdrop import DetectorSource
 from .image_geometry_backdrop import ImageGeometry
-from .image_loading_backdrop import load_image, rgb_array, rgba_array, upright
+from .image_loading_backdrop import load_image, rgb_picture, rgba_array, upright
 from .image_options_backdrop import BackdropImagesKwargs, check_options
 from .image_splitting_backdrop import ImageSplitter, whole_image_group
 from .patch_groups_backdrop import METADATA_KEY, PatchGroup, looks_like_group, read_group
+from .pixel_values_backdrop import pixel_values
+
+MAX_THREADS = 4  # that prepare the images of one call
 
 
 class BackdropImageProcessor(PilBackend):
@@ -90,12 +94,12 @@ class BackdropImageProcessor(PilBackend):
             options: any of the processor's own, for this call.
         """
         options = self._with_defaults(options)
+        geometry = ImageGeometry.from_options(options)
         images = self._prepare_images_structure(images)
-        return [self._model_image(upright(image), options) for image in images]
+        return [self._model_image(upright(image), geometry, options) for image in images]
 
-    def _model_image(self, image, options: dict) -> np.ndarray:
-        rgb = rgb_array(image, options.get("input_data_format"))
-        return ImageGeometry.from_options(options).apply(rgb, self)
+    def _model_image(self, image, geometry: ImageGeometry, options: dict) -> np.ndarray:
+        return geometry.apply(rgb_picture(image, options.get("input_data_format")), self)
 
     # ---- preprocessing
 
@@ -121,22 +125,20 @@ class BackdropImageProcessor(PilBackend):
         groups_per_image = self.image_groups(images, **options)
         groups = [group for image_groups in groups_per_image for group in image_groups]
         data = {
-            "pixel_values": [self._normalized(group.pixels, options) for group in groups],
+            "pixel_values": self._pixel_values(groups, options),
             "patch_mask": [group.patch_mask for group in groups],
             "group_kind": [group.kind for group in groups],
             "groups_per_image": [len(image_groups) for image_groups in groups_per_image],
         }
-        if return_tensors is not None:
-            data = {name: np.stack(values) if groups else np.array(values) for name, values in data.items()}
+        if return_tensors is None:
+            data["pixel_values"] = list(data["pixel_values"])
+        else:
+            # np.asarray leaves the pixels, which are one array already, where they are.
+            data = {name: np.asarray(values) for name, values in data.items()}
         return BatchFeature(data=data, tensor_type=return_tensors)
 
-    def _normalized(self, pixels: np.ndarray, options: dict) -> np.ndarray:
-        array = np.moveaxis(pixels, -1, 0)
-        if options["do_rescale"]:
-            array = self.rescale(array, options["rescale_factor"])
-        if options["do_normalize"]:
-            array = self.normalize(array, options["image_mean"], options["image_std"])
-        return np.ascontiguousarray(array, dtype=np.float32)
+    def _pixel_values(self, groups: list[PatchGroup], options: dict) -> np.ndarray | list:
+        return pixel_values([group.pixels for group in groups], options, self) if groups else []
 
     # ---- patch groups
 
@@ -151,21 +153,28 @@ class BackdropImageProcessor(PilBackend):
             ValueError: a patch group that does not fit this model, an image that is none, or no detector to split with.
         """
         options = self._with_defaults(options)
+        prepared = self._prepared(images, options)
+        split = iter(self._split([image for image in prepared if isinstance(image, np.ndarray)], options))
+        return [next(split) if isinstance(image, np.ndarray) else [image] for image in prepared]
+
+    def _prepared(self, images, options: dict) -> list[PatchGroup | np.ndarray]:
+        """Each image as the group that it is, or as the model sees it, uint8 `[S, S, 3]`."""
         geometry, patch_size = ImageGeometry.from_options(options), options["patch_size"]
-        side = geometry.side
-        result: list[list[PatchGroup] | None] = [None] * len(images)
-        ordinary: dict[int, np.ndarray] = {}
-        for i, image in enumerate(images):
+
+        def prepare(image) -> PatchGroup | np.ndarray:
             image = upright(image)
             rgba = rgba_array(image)
-            if rgba is not None and looks_like_group(rgba):
-                metadata = image.info.get(METADATA_KEY) if isinstance(image, Image.Image) else None
-                result[i] = [read_group(rgba, side, patch_size, geometry.name, metadata)]
-            else:
-                ordinary[i] = self._model_image(image, options)
-        for i, groups in zip(ordinary, self._split(list(ordinary.values()), options), strict=True):
-            result[i] = groups
-        return result
+            if rgba is None or not looks_like_group(rgba):
+                return self._model_image(image, geometry, options)
+            metadata = image.info.get(METADATA_KEY) if isinstance(image, Image.Image) else None
+            return read_group(rgba, geometry.side, patch_size, geometry.name, metadata)
+
+        if len(images) < 2:
+            return [prepare(image) for image in images]
+        with ThreadPoolExecutor(
+            min(MAX_THREADS, len(images))
+        ) as pool:  # PIL resizes without the interpreter's lock
+            return list(pool.map(prepare, images))
 
     def detections(self, model_images: list[np.ndarray], **options) -> list[Detections]:
         """What the detector finds, after `confidence`, `classes` and `objects`.

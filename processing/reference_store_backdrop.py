@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers.utils import logging
 
-from .patch_groups_backdrop import grid_side, pixel_mask
+from .patch_groups_backdrop import grid_side, only_owned
 from .reference_descriptors_backdrop import Candidate, DescriptorTable
 from .reference_slots_backdrop import SlotFile
 
@@ -94,8 +94,7 @@ class ReferenceStore:
         slot = self._acquire_slot(file, namespace)
         if slot is None:
             return None
-        owned = pixel_mask(patch_mask, side, self.patch_size)
-        pixels = np.where(owned[..., None], image, np.uint8(0))
+        pixels = only_owned(image, patch_mask, self.patch_size)
         file.write(slot, pixels, patch_mask)
         table = self._tables.setdefault(
             (namespace, side), DescriptorTable(grid_side(patch_mask), self.patch_size)

@@ -49,12 +49,19 @@ def reusable_patches(
     staleness = _block_staleness(difference, patch_size)
     reusable = staleness <= tolerance
     if 0 < tolerance < 255 and reusable.any():
-        smooth = _binomial_filter(difference, patch_size)
+        # The filter's weights add up to 16 here, not to 1, and luma is the sum of three channels, not their mean.
+        luma_bound, colour_bound = 48 * FINE_LUMA * tolerance, 16 * FINE_COLOUR * tolerance
+        # An average exceeds no largest value: most patches need no filter.
+        peaks = _patch_peaks(difference, patch_size)
+        unsure = np.flatnonzero(reusable & ((48 * peaks > luma_bound) | (16 * peaks > colour_bound)))
+        grid = difference.shape[0] // patch_size
+        blocks = difference.reshape(grid, patch_size, grid, patch_size, -1).swapaxes(1, 2)
+        smooth = _binomial_filter(blocks[unsure // grid, unsure % grid])
         luma = smooth[..., 0] + smooth[..., 1]
         luma += smooth[..., 2]
-        # The filter's weights add up to 16 here, not to 1, and luma is the sum of three channels, not their mean.
-        reusable &= _patch_peaks(smooth, patch_size) <= 16 * FINE_COLOUR * tolerance
-        reusable &= _patch_peaks(luma[..., None], patch_size) <= 48 * FINE_LUMA * tolerance
+        reusable[unsure] = (np.abs(smooth).max(axis=(1, 2, 3), initial=0) <= colour_bound) & (
+            np.abs(luma).max(axis=(1, 2), initial=0) <= luma_bound
+        )
     return reusable, staleness
 
 
@@ -87,28 +94,23 @@ def _block_staleness(difference: np.ndarray, patch_size: int) -> np.ndarray:
     return means.max(axis=(1, 3)).reshape(-1).astype(np.float32)
 
 
-def _binomial_filter(difference: np.ndarray, patch_size: int) -> np.ndarray:
-    """int16 `[n, n, C]` filtered by [1 2 1]^T [1 2 1] within each patch, so that no patch depends on its neighbours.
+def _binomial_filter(blocks: np.ndarray) -> np.ndarray:
+    """int16 `[n, p, p, C]` filtered by [1 2 1]^T [1 2 1] within each of `n` patches, so that none depends on its neighbours.
 
     The sums fit int16: 16 * 255 < 2^15.
     """
-    n, _, channels = difference.shape
-    strips = difference.reshape(n // patch_size, patch_size, -1)
-    vertical = strips * np.int16(2)
-    vertical[:, 1:] += strips[:, :-1]
-    vertical[:, :-1] += strips[:, 1:]
-    cells = vertical.reshape(n, n // patch_size, patch_size * channels)
-    smooth = cells * np.int16(2)
-    smooth[..., channels:] += cells[..., :-channels]
-    smooth[..., :-channels] += cells[..., channels:]
-    return smooth.reshape(difference.shape)
+    vertical = blocks * np.int16(2)
+    vertical[:, 1:] += blocks[:, :-1]
+    vertical[:, :-1] += blocks[:, 1:]
+    smooth = vertical * np.int16(2)
+    smooth[:, :, 1:] += vertical[:, :, :-1]
+    smooth[:, :, :-1] += vertical[:, :, 1:]
+    return smooth
 
 
-def _patch_peaks(values: np.ndarray, patch_size: int) -> np.ndarray:
-    """Largest absolute value in each patch: int16 `[n, n, C]` -> int16 `[P]`."""
-    n, _, channels = values.shape
-    grid = n // patch_size
-    strips = values.reshape(grid, patch_size, n * channels)  # reduced along contiguous memory first
-    high, low = strips.max(axis=1), strips.min(axis=1)
-    peaks = np.maximum(high, -low).reshape(grid * grid, patch_size * channels)
-    return peaks.max(axis=1)
+def _patch_peaks(difference: np.ndarray, patch_size: int) -> np.ndarray:
+    """Largest absolute value in each patch: int16 `[h, w, C]` -> int16 `[P]`."""
+    height, width, channels = difference.shape
+    strips = np.abs(difference).reshape(height // patch_size, patch_size, width * channels)
+    peaks = strips.max(axis=1)  # along contiguous memory first
+    return peaks.reshape(-1, patch_size * channels).max(axis=1)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import run
+from optional import require_ultralytics
 from PIL import Image
 
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
@@ -26,9 +27,8 @@ def weights() -> str:
 
 @pytest.fixture(scope="module")
 def photos() -> list[Path]:
-    from ultralytics.utils import ASSETS
 
-    return [Path(ASSETS, name) for name in ("bus.jpg", "zidane.jpg")]
+    return [Path((require_ultralytics() / "assets"), name) for name in ("bus.jpg", "zidane.jpg")]
 
 
 @pytest.mark.parametrize("classes", [None, ["person", "bus"]])

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from optional import require_ultralytics
 from paths import EXAMPLE, ROOT
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -96,7 +97,7 @@ def test_the_wheel_is_what_runs(installed, tmp_path):
 
 
 def test_what_a_stranger_runs_first(installed, tmp_path):
-    assets = Path(pytest.importorskip("ultralytics").__file__).parent / "assets"
+    assets = require_ultralytics() / "assets"
     shown = backdrop(installed, "--help", folder=tmp_path)
     assert shown.returncode == 0 and "split" in shown.stdout
     done = backdrop(

@@ -13,7 +13,7 @@ import contextvars
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -21,7 +21,8 @@ from transformers.utils import logging
 
 from .background_folder_backdrop import BackgroundFolder
 from .cache_tiers_backdrop import CacheEntry, CacheTier, Lease, TransferSpeed, compact
-from .weights_key_backdrop import weights_digest, weights_fingerprint
+from .weights_fingerprint_backdrop import WeightsFingerprints
+from .weights_key_backdrop import weights_digest
 
 logger = logging.get_logger(__name__)
 
@@ -65,7 +66,8 @@ class BackgroundCache:
         self.host_tier = CacheTier(int(host_max_bytes))
         self._lock = threading.RLock()
         self._counts: dict[str, float] = {}
-        self._digests: OrderedDict[bytes, bytes] = OrderedDict()
+        self._fingerprints = WeightsFingerprints()
+        self._digests: OrderedDict[bytes, bytes] = OrderedDict()  # of all weights, by fingerprint
         # Of computing, by value value_kind, from this process's misses.
         self._compute_seconds_per_byte: dict[str, float] = {}
         self._transfers = TransferSpeed()
@@ -109,7 +111,7 @@ class BackgroundCache:
         self,
         value_kind: str,
         key: bytes,
-        devices: Sequence[torch.device] | None = None,
+        devices: Sequence[torch.device] | Callable[[], Sequence[torch.device]] | None = None,
         lease: Lease | None = None,
     ) -> tuple[torch.Tensor, ...] | None:
         """The stored tensors, which nobody may write to, or None.
@@ -117,7 +119,8 @@ class BackgroundCache:
         Args:
             value_kind: "tokens" or "prefix".
             key: digest of everything that the value depends on.
-            devices: where tensors that come from a lower tier go, one each, repeated if fewer; None: the CPU.
+            devices: where tensors that come from a lower tier go, one each, repeated if fewer, or what gives them
+                (asked only then); None: the CPU.
             lease: pins the entry, see `lease`.
         """
         with self._lock:
@@ -128,6 +131,8 @@ class BackgroundCache:
                 if lease is not None:
                     lease.pin(entry)
                 return entry.tensors
+        if callable(devices):
+            devices = devices()
         entry = self._fetch(value_kind, key, devices or [torch.device("cpu")], lease)
         if entry is None:
             logger.debug("background %s not known", value_kind)
@@ -184,6 +189,7 @@ class BackgroundCache:
         with self._lock:
             self.device_tier = CacheTier(self.device_tier.max_bytes)
             self.host_tier = CacheTier(self.host_tier.max_bytes)
+            self._fingerprints.clear()
             self._digests.clear()
         if self.folder is not None:
             self.folder.clear()
@@ -194,7 +200,7 @@ class BackgroundCache:
         Without a folder their fingerprint, cheap and valid in this process only. With a folder, which other processes
         read, a digest of all weights, computed once for each fingerprint.
         """
-        fingerprint = weights_fingerprint(*modules)
+        fingerprint = self._fingerprints.of(*modules)
         if self.folder is None:
             return fingerprint
         with self._lock:
@@ -206,6 +212,10 @@ class BackgroundCache:
                 while len(self._digests) > MAX_DIGESTS:
                     self._digests.popitem(last=False)
         return digest
+
+    def forget_weights(self) -> None:
+        """Lets the weights' memory go; their key is made anew when it is next asked for, and is the same if they are."""
+        self._fingerprints.clear()
 
     def record_tokens(self, reused: int, computed: int) -> None:
         """Counts vision tokens that came from the cache, and those that were computed."""

@@ -32,6 +32,12 @@ class BackgroundCacheMixin:
             return None
         return cache
 
+    def _apply(self, fn, recurse: bool = True):
+        # `to`, `half` and the like: what the cache remembers of the weights must not hold the memory that they leave.
+        if self._background_cache is not None:
+            self._background_cache.forget_weights()
+        return super()._apply(fn, recurse)
+
     def enable_background_cache(
         self,
         max_bytes: int = 2 * 2**30,

@@ -16,13 +16,14 @@ from .cache_keys_backdrop import content_keys, in_namespace, tokens_run_key
 from .cache_tiers_backdrop import synchronized_clock
 from .configuration_backdrop import BACKGROUND, OBJECT, BackdropConfig
 from .grouped_vision_backdrop import encode_groups
+from .host_copies_backdrop import host_copies, to_device
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class PatchGroups:
-    """Groups that were checked: `pixel_values [G, 3, S, S]`, `patch_mask [G, P]` bool, the kind of each."""
+    """Groups that were checked: `pixel_values [G, 3, S, S]`; on the CPU `patch_mask [G, P]` bool; the kind of each."""
 
     pixel_values: torch.Tensor
     patch_mask: torch.Tensor
@@ -33,12 +34,12 @@ class PatchGroups:
 
     def select(self, indices: Sequence[int]) -> "PatchGroups":
         """Some of the groups, in the order of `indices`."""
-        index = torch.tensor(indices)
-        return PatchGroups(
-            self.pixel_values[index.to(self.pixel_values.device)],
-            self.patch_mask[index.to(self.patch_mask.device)],
-            tuple(self.kinds[g] for g in indices),
-        )
+        first, index = indices[0], torch.tensor(indices)
+        if list(indices) == list(range(first, first + len(indices))):
+            pixel_values = self.pixel_values[first : first + len(indices)]  # a view, not a copy
+        else:
+            pixel_values = self.pixel_values[to_device(index, self.pixel_values.device)]
+        return PatchGroups(pixel_values, self.patch_mask[index], tuple(self.kinds[g] for g in indices))
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,9 @@ def check_groups(
     if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, side, side):
         raise ValueError(f"pixel_values is {tuple(pixel_values.shape)}; wanted (groups, 3, {side}, {side}).")
     groups = pixel_values.shape[0]
+    patch_mask, group_kind = host_copies([patch_mask, group_kind])
     if patch_mask is None:
-        patch_mask = torch.ones(groups, patches, dtype=torch.bool, device=pixel_values.device)
+        patch_mask = torch.ones(groups, patches, dtype=torch.bool)
     if tuple(patch_mask.shape) != (groups, patches):
         raise ValueError(f"patch_mask is {tuple(patch_mask.shape)}; wanted ({groups}, {patches}).")
     patch_mask = patch_mask.bool()
@@ -163,7 +165,7 @@ def in_raster_order(features: list[torch.Tensor], groups: PatchGroups) -> list[t
         patches = torch.cat([mask.nonzero().squeeze(-1) for mask in masks])
         both = torch.cat(features[g : g + 2])
         count = features[g].shape[0]
-        merged = both[patches.argsort().to(both.device)]
+        merged = both[to_device(patches.argsort(), both.device)]
         features[g], features[g + 1] = merged[:count], merged[count:]
     return features
 
@@ -183,7 +185,8 @@ def _encode_alike(model, groups: PatchGroups, kind: int, layers_pass=None) -> li
     )
     if not masked:
         kept = nn.functional.pad(groups.patch_mask, (config.extra_tokens_per_group, 0), value=True)
-        states = [state[mask.to(state.device)] for state, mask in zip(states, kept, strict=True)]
+        owned = [to_device(mask.nonzero().squeeze(-1), states[0].device) for mask in kept]
+        states = [state[index] for state, index in zip(states, owned, strict=True)]
     return list(projector(torch.cat(states)).split([state.shape[0] for state in states]))
 
 
@@ -217,15 +220,16 @@ def _encode_with_cache(
     computed = sum(tokens[g] for g in to_encode)
     encoded: dict[int, torch.Tensor] = {}
     if to_encode:
-        started = synchronized_clock(device)
+        # Only what is stored is timed: the clock waits for the device.
+        stored = any(keys[g] is not None for g in to_encode)
         layers_pass = None
-        only_objects = all(keys[g] is None for g in to_encode)
         # The run key is of the background's tower.
-        if model.compiled_reuse is not None and only_objects and not model.config.separate_vision_towers:
+        if model.compiled_reuse is not None and not stored and not model.config.separate_vision_towers:
             layers_pass = partial(model.compiled_reuse.tower_layers, model, run_key)
+        started = synchronized_clock(device) if stored else 0.0
         features = encode_by_kind(model, groups.select(to_encode), layers_pass)
         encoded = dict(zip(to_encode, features, strict=True))
-        seconds_per_token = (synchronized_clock(device) - started) / computed
+        seconds_per_token = (synchronized_clock(device) - started) / computed if stored else 0.0
     for g, feature in encoded.items():
         if keys[g] is not None:
             known[keys[g]] = feature

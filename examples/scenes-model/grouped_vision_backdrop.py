@@ -9,13 +9,15 @@ Shapes: `G` groups, `P` patches of the grid, `C` prefix tokens (CLS), `D` tower 
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import nn
 
 from .configuration_backdrop import TOWER_PREFIX_TOKENS
+from .host_copies_backdrop import to_device
 
 
 def encode_groups(
@@ -31,7 +33,8 @@ def encode_groups(
     Args:
         vision_tower: a `CLIPVisionModel`, `SiglipVisionModel` or `Dinov2Model`.
         pixel_values: `[G, 3, S, S]`, normalised.
-        patch_mask: `[G, P]` bool, row-major over the grid; each group owns at least one patch.
+        patch_mask: `[G, P]` bool, row-major over the grid; each group owns at least one patch. Best on the CPU, where
+            its lengths are read.
         vision_feature_layer: index into the tower's hidden states, or several, concatenated on the width.
         vision_feature_select_strategy: "default" drops the CLS token, "full" keeps it in front.
         layers_pass: another way to run the layers, asked first where they take a mask: called with the layers, the
@@ -48,23 +51,26 @@ def encode_groups(
     layers = _encoder_layers(vision_tower)
     depths = [_depth(index, len(layers)) for index in _as_list(vision_feature_layer)]
     hidden = _embed(vision_tower, pixel_values)  # [G, C + P, D]
-    keep = torch.nn.functional.pad(patch_mask.to(hidden.device), (prefix_tokens, 0), value=True)  # [G, C + P]
+    keep = torch.nn.functional.pad(patch_mask.cpu(), (prefix_tokens, 0), value=True)  # [G, C + P]
     lengths = keep.sum(-1).tolist()
 
+    def kept_tokens() -> torch.Tensor:  # [T, D]
+        return hidden.flatten(0, 1)[to_device(keep.flatten().nonzero().squeeze(-1), hidden.device)]
+
     dropped = prefix_tokens if vision_feature_select_strategy == "default" else 0
-    accepts_mask = "attention_mask" in inspect.signature(type(layers[0]).forward).parameters
+    accepts_mask = "attention_mask" in _forward_parameters(type(layers[0]).forward)
     maskable = accepts_mask and vision_tower.config._attn_implementation in ("eager", "sdpa")
     if layers_pass is not None and maskable:
-        states = layers_pass(layers, hidden[keep], lengths, depths)
+        states = layers_pass(layers, kept_tokens(), lengths, depths)
         if states is not None:
             return [state[dropped:] for state in states]
     if len(set(lengths)) == 1:
-        packed = hidden if lengths[0] == hidden.shape[1] else hidden[keep].view(len(lengths), lengths[0], -1)
+        packed = hidden if lengths[0] == hidden.shape[1] else kept_tokens().view(len(lengths), lengths[0], -1)
         states = run_layers(layers, packed, None, depths)
         return list(states[:, dropped:])
     if maskable:
-        return _encode_packed_rows(layers, hidden[keep], lengths, depths, dropped, vision_tower.config)
-    return _encode_by_length(layers, hidden[keep], lengths, depths, dropped)
+        return _encode_packed_rows(layers, kept_tokens(), lengths, depths, dropped, vision_tower.config)
+    return _encode_by_length(layers, kept_tokens(), lengths, depths, dropped)
 
 
 def plan_rows(lengths: list[int], width: int) -> list[list[int]]:
@@ -113,8 +119,8 @@ def _encode_packed_rows(layers, tokens, lengths, depths, dropped, config):
             owner[r, position : position + lengths[i]] = i
             located[i] = (r, position)
             position += lengths[i]
-    packed = tokens[torch.from_numpy(source).to(tokens.device)]  # [R, L, D]
-    owner = torch.from_numpy(owner).to(tokens.device)
+    packed = tokens[to_device(torch.from_numpy(source), tokens.device)]  # [R, L, D]
+    owner = to_device(torch.from_numpy(owner), tokens.device)
     # Padding is a block of its own: a query that may attend to nothing would be NaN.
     mask = owner[:, None, :, None] == owner[:, None, None, :]  # [R, 1, L, L]
     if config._attn_implementation == "eager":
@@ -151,8 +157,14 @@ def run_layers(layers, hidden, mask, depths):
 
 def _needs_mask(layer: nn.Module) -> bool:
     """CLIP's and SigLIP's layers take the mask without a default."""
-    parameter = inspect.signature(type(layer).forward).parameters.get("attention_mask")
+    parameter = _forward_parameters(type(layer).forward).get("attention_mask")
     return parameter is not None and parameter.default is inspect.Parameter.empty
+
+
+@lru_cache(maxsize=16)
+def _forward_parameters(forward: Callable) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a layer's `forward`; reading a signature takes longer than launching a kernel."""
+    return inspect.signature(forward).parameters
 
 
 def _embed(vision_tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -44,8 +44,25 @@ def make_group(pixels: np.ndarray, patch_mask: np.ndarray, kind: int, patch_size
         kind: `BACKGROUND` or `OBJECT`.
         patch_size: pixels.
     """
-    owned = pixel_mask(patch_mask, pixels.shape[0], patch_size)
-    return PatchGroup(np.where(owned[..., None], pixels, np.uint8(0)), patch_mask.astype(bool), kind)
+    return PatchGroup(only_owned(pixels, patch_mask, patch_size), patch_mask.astype(bool), kind)
+
+
+def only_owned(pixels: np.ndarray, patch_mask: np.ndarray, patch_size: int) -> np.ndarray:
+    """A copy of uint8 `[S, S, 3]` that is 0 outside the patches of bool `[P]`."""
+    side = pixels.shape[0]
+    grid = side // patch_size
+    inner = grid * patch_size
+    # A line of patches at a time, so that the innermost loop is over contiguous memory.
+    lines = (
+        patch_mask.astype(bool).reshape(grid, 1, grid).repeat(patch_size * 3, axis=2).astype(np.uint8)
+    )  # [g, 1, inner * 3]
+    owned = np.zeros_like(pixels, shape=(side, side * 3))
+    np.multiply(
+        pixels[:inner].reshape(grid, patch_size, side * 3)[..., : inner * 3],
+        lines,
+        out=owned[:inner].reshape(grid, patch_size, side * 3)[..., : inner * 3],
+    )
+    return owned.reshape(pixels.shape)
 
 
 def pixel_mask(patch_mask: np.ndarray, side: int, patch_size: int) -> np.ndarray:

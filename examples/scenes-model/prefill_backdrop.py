@@ -1,5 +1,7 @@
 """The images of a prompt in a prefill: what of them is cached already, and which vision tokens are left to feed."""
 
+from dataclasses import dataclass
+
 import torch
 from transformers import Cache, DynamicCache
 
@@ -11,34 +13,63 @@ from .prefix_rules_backdrop import may_load_prefix
 from .prompt_layout_backdrop import PromptBatch, prompt_rows, rows_of_groups
 
 
+@dataclass(frozen=True)
+class PrefillPlan:
+    """What Python needs to know of a prompt, read before the images are encoded: afterwards a read waits for the device.
+
+    Attributes:
+        prompt: on the CPU.
+        run_key: how the keys and values of a prefix are made, see `prefix_run_key`; None: no prefix may be loaded.
+        cached: positions that the cache of this generation holds.
+    """
+
+    prompt: PromptBatch
+    run_key: bytes | None
+    cached: int = 0
+
+
+def plan_prefill(
+    model, prompt: PromptBatch, past_key_values: Cache | None, cached: int = 0, load: bool = True
+) -> PrefillPlan:
+    """The plan for a prompt of `L` positions.
+
+    Args:
+        model: the `BackdropModel`.
+        past_key_values: the cache of this generation.
+        cached: positions that it holds.
+        load: whether a prefix may be loaded.
+    """
+    may_load = (
+        load
+        and not cached
+        and may_load_prefix(model, prompt.attention_mask, prompt.position_ids, past_key_values)
+    )
+    return PrefillPlan(prompt.on_host(), prefix_run_key(model) if may_load else None, cached)
+
+
 def prefill_images(
-    model,
-    prompt: PromptBatch,
-    encoded: EncodedGroups,
-    past_key_values: Cache | None,
-    cached: int = 0,
-    load: bool = True,
+    model, plan: PrefillPlan, encoded: EncodedGroups, past_key_values: Cache | None
 ) -> tuple[int, torch.Tensor | None]:
     """Loads the prefix of a batch where that may be, and leaves out the vision tokens that are cached then.
 
     Args:
         model: the `BackdropModel`.
-        prompt: `L` positions.
+        plan: see `plan_prefill`.
         encoded: the groups of all rows, in order.
         past_key_values: the cache of this generation, filled where it is empty and a prefix is known.
-        cached: positions that it holds.
-        load: whether a prefix may be loaded.
 
     Returns:
-        `cached` afterwards, and the vision tokens `[n, D]` of the placeholders from there on, None if there are none.
+        How many positions it holds afterwards, and the vision tokens `[n, D]` of the placeholders from there on, None if
+        there are none.
 
     Raises:
         ValueError: the placeholders of a row are not a whole number of groups.
     """
+    prompt, cached = plan.prompt, plan.cached
     is_image = prompt.input_ids == model.config.image_token_id
     rows = rows_of_groups(prompt.input_ids, model.config.image_token_id, encoded.lengths)
-    if load and not cached:
-        cached = _load_prefix(model, prompt, rows, encoded, past_key_values)
+    if plan.run_key is not None:
+        cached = _load_prefix(model, prompt, plan.run_key, rows, encoded, past_key_values)
     features = _unseen_features(encoded.features, rows, is_image[:, :cached])
     return cached, torch.cat(features) if features else None
 
@@ -59,9 +90,9 @@ def prefill_inputs(
     position_ids = position_ids.expand(input_ids.shape[0], -1)
     past_key_values, image_embeds, cached = DynamicCache(config=model.config.text_config), None, 0
     if pixel_values is not None:
+        plan = plan_prefill(model, PromptBatch(input_ids, attention_mask, position_ids), past_key_values)
         encoded = group_features(model, pixel_values, patch_mask, group_kind)
-        prompt = PromptBatch(input_ids, attention_mask, position_ids)
-        cached, image_embeds = prefill_images(model, prompt, encoded, past_key_values)
+        cached, image_embeds = prefill_images(model, plan, encoded, past_key_values)
     return {
         "input_ids": input_ids[:, cached:],
         "attention_mask": attention_mask,
@@ -75,13 +106,12 @@ def prefill_inputs(
 def _load_prefix(
     model,
     prompt: PromptBatch,
+    run_key: bytes,
     rows: list[tuple[int, ...]],
     encoded: EncodedGroups,
     past_key_values: Cache | None,
 ) -> int:
     """Fills an empty cache with what is known of the leading backgrounds; how many positions of each row."""
-    if not may_load_prefix(model, prompt.attention_mask, prompt.position_ids, past_key_values):
-        return 0
     config, input_ids, position_ids = model.config, prompt.input_ids, prompt.position_ids
     separators = config.separator_token_ids
     layout = prompt_rows(
@@ -93,9 +123,8 @@ def _load_prefix(
         None if separators is None else separators[1],
     )
     if position_ids is None:
-        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        position_ids = torch.arange(input_ids.shape[1]).unsqueeze(0)
     position_ids = position_ids.expand(input_ids.shape[0], -1)
-    run_key = prefix_run_key(model)
     prefix = background_prefix(
         PromptBatch(input_ids, prompt.attention_mask, position_ids),
         layout,

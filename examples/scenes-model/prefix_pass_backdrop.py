@@ -6,6 +6,7 @@ Shapes: `B` rows, `n` tokens of a segment, `H` key/value heads, `d` head width, 
 """
 
 import weakref
+from functools import partial
 
 import torch
 from transformers import Cache, DynamicCache
@@ -70,9 +71,12 @@ def run_prefix_pass(model, segment: PrefixSegment, before: list[KeysAndValues]) 
     for i in range(len(before[0]) // 2 if before else 0):
         keys, values = (torch.cat([part[2 * i + which] for part in before], dim=2) for which in (0, 1))
         past_key_values.update(keys, values, i)
+    device = model.get_input_embeddings().weight.device
+    if device.type == "meta":  # offloaded: accelerate's hooks move what they need
+        device = segment.input_ids.device
     model(
-        input_ids=segment.input_ids[None],
-        position_ids=segment.position_ids[None],
+        input_ids=segment.input_ids[None].to(device),
+        position_ids=segment.position_ids[None].to(device),
         image_embeds=segment.image_embeds,
         past_key_values=past_key_values,
         use_cache=True,
@@ -85,7 +89,7 @@ def run_prefix_pass(model, segment: PrefixSegment, before: list[KeysAndValues]) 
 def _load_segment(model, segment: PrefixSegment, before: list[KeysAndValues], lease: Lease) -> KeysAndValues:
     """A background's segment from the cache, or computed and stored."""
     cache, device = model.background_cache, segment.image_embeds.device
-    values = cache.get("prefix", segment.key, _layer_devices(model), lease)
+    values = cache.get("prefix", segment.key, partial(_layer_devices, model), lease)
     if values is None:
         started = synchronized_clock(device)
         values = run_prefix_pass(model, segment, before)
@@ -129,7 +133,8 @@ def _batch(rows: list[list[torch.Tensor]], starts: list[int], length: int) -> to
     Padding is zero, and masked anyway. One segment of one row is handed on as it is, without a copy.
     """
     if len(rows) == 1 and len(rows[0]) == 1 and not starts[0]:
-        return rows[0][0][:, :, :length]
+        stored = rows[0][0]
+        return stored if stored.shape[2] == length else stored[:, :, :length]
     like = next(segments[0] for segments in rows if segments)
     batch = like.new_zeros((len(rows), like.shape[1], length, like.shape[3]))
     for r, (segments, start) in enumerate(zip(rows, starts, strict=True)):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from optional import require_ultralytics
 from packaging.requirements import Requirement
 from paths import EXAMPLE
 from PIL import Image
@@ -516,7 +517,7 @@ def test_a_detector_that_takes_anothers_place_is_the_one_that_is_saved(tmp_path,
 
 @pytest.mark.slow
 def test_clean_process_answers_the_same(tmp_path):
-    pytest.importorskip("ultralytics")
+    require_ultralytics()
     home, folder, again = tmp_path / "home", tmp_path / "tiny", tmp_path / "again"
     home.mkdir()
     model, processor = tiny_pair(num_prefusion_layers=1)

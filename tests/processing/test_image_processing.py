@@ -13,7 +13,8 @@ from red_detector import RedDetector
 from red_square import groups_of, scene
 
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
-from backdrop.processing.patch_groups_backdrop import BACKGROUND, OBJECT
+from backdrop.processing.patch_groups_backdrop import BACKGROUND, OBJECT, group_to_image
+from backdrop.processing.pixel_values_backdrop import pixel_values
 
 SIZES = {"size": {"shortest_edge": tiny.SIDE}, "crop_size": {"height": tiny.SIDE, "width": tiny.SIDE}}
 
@@ -68,6 +69,50 @@ def test_a_batch_runs_the_detector_once_and_equals_single_images(image_processor
     singles = [image_processor(image, return_tensors="pt") for image in images]
     for name in ("pixel_values", "patch_mask", "group_kind"):
         assert torch.equal(together[name], torch.cat([single[name] for single in singles]))
+
+
+def test_images_prepared_by_threads_stay_in_order_and_the_first_bad_one_is_named(image_processor):
+    photos = [tiny.photo(60 + i, 50 + 3 * i, seed=i) for i in range(9)]
+    group = group_to_image(
+        image_processor.image_groups([photos[0]], split=False)[0][0], image_processor.patch_size
+    )
+    images = [*photos[:4], group, *photos[4:]]
+    together = image_processor(images, split=False, return_tensors="pt")
+    for i, image in enumerate(images):
+        alone = image_processor(image, split=False, return_tensors="pt")
+        assert torch.equal(together["pixel_values"][i], alone["pixel_values"][0])
+        assert torch.equal(together["patch_mask"][i], alone["patch_mask"][0])
+    bad = np.full((20, 20, 3), 300.0)
+    worse = np.full((20, 20, 3), np.nan)
+    with pytest.raises(ValueError, match="to 300"):
+        image_processor([photos[0], bad, photos[1], worse], split=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"image_mean": [0.1, 0.5, 0.9], "image_std": [0.3, 0.2, 1.7]},
+        {"do_rescale": False},
+        {"do_normalize": False},
+        {"do_rescale": False, "do_normalize": False},
+        {"rescale_factor": 1 / 127.5},
+    ],
+    ids=str,
+)
+def test_looked_up_pixels_are_the_normalised_ones(image_processor, options):
+    own = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+    options = {name: getattr(image_processor, name) for name in own} | options
+    image = np.random.default_rng(0).integers(0, 256, (56, 56, 3), dtype=np.uint8)
+    array = np.moveaxis(image, -1, 0)
+    if options["do_rescale"]:
+        array = image_processor.rescale(array, options["rescale_factor"])
+    if options["do_normalize"]:
+        array = image_processor.normalize(array, options["image_mean"], options["image_std"])
+    found = pixel_values([image, image[::-1]], options, image_processor)
+    assert found.dtype == np.float32
+    assert found[0].tobytes() == np.ascontiguousarray(array, dtype=np.float32).tobytes()
+    assert found[1].tobytes() == np.ascontiguousarray(found[0][:, ::-1]).tobytes()
 
 
 def test_without_a_detector_an_image_is_an_error_and_a_group_is_not(image_processor):

@@ -39,7 +39,9 @@ def test_a_group_comes_back_from_its_image(mask, side, kind):
     assert np.array_equal(again.pixels, group.pixels)
     assert np.array_equal(again.patch_mask, mask)
     assert again.kind == kind
-    assert not group.pixels[~pixel_mask(mask, side, 14)].any()
+    owned = pixel_mask(mask, side, 14)
+    assert np.array_equal(group.pixels, np.where(owned[..., None], noise(side), 0))
+    assert group.pixels.dtype == np.uint8 and group.pixels.flags.c_contiguous
 
 
 @given(masks, st.integers(0, 3), st.booleans())

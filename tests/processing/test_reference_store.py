@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from textures import flat, texture
 
 from backdrop.processing.background_matching_backdrop import BackgroundMatcher
+from backdrop.processing.reference_descriptors_backdrop import region_means
 from backdrop.processing.reference_slots_backdrop import SlotFile
 from backdrop.processing.reference_store_backdrop import ReferenceStore
 from backdrop.processing.staleness_backdrop import reusable_patches
@@ -116,3 +117,18 @@ def test_slots_are_acquired_once_and_keep_their_content_as_the_file_grows():
         assert (pixels == value).all() and np.array_equal(kept, mask)
     file.release(slots[0])
     assert file.acquire() == slots[0] and file.num_bytes == 5 * (8 * 8 * 3 + 4)
+
+
+@pytest.mark.parametrize(
+    ("side", "patch_size"), [(336, 14), (384, 14), (59, 7), (56, 14), (8, 1), (1548, 258)]
+)
+def test_region_means_are_the_means_of_whole_patches(side, patch_size):
+    image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    image[: side // 2] = 255  # the largest sums
+    grid = side // patch_size
+    starts = [i * grid // min(grid, 6) * patch_size for i in range(min(grid, 6))] + [grid * patch_size]
+    edges = list(zip(starts, starts[1:], strict=False))
+    expected = [
+        image[top:bottom, left:right].mean(axis=(0, 1)) for top, bottom in edges for left, right in edges
+    ]
+    np.testing.assert_allclose(region_means(image, patch_size), np.array(expected).T, rtol=1e-6)

@@ -42,6 +42,45 @@ def test_staleness_equals_the_definition(seed, geometry):
     np.testing.assert_allclose(patch_staleness(first, second, patch), expected, rtol=1e-5)
 
 
+def filtered_peaks(difference):
+    """Largest absolute values of one patch `[p, p, 3]` under the 3 x 3 binomial filter: of a channel, of the RGB mean."""
+    p = len(difference)
+    padded = np.pad(difference, ((1, 1), (1, 1), (0, 0)))
+    weights = np.outer([1, 2, 1], [1, 2, 1])
+    smooth = sum(
+        weights[y, x] * padded[y : y + p, x : x + p] for y in range(3) for x in range(3)
+    )  # 16 times the filter, in whole numbers
+    return np.abs(smooth).max(), np.abs(smooth.sum(axis=-1)).max()
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([(56, 14), (45, 15), (59, 7), (4, 1)]),
+    st.sampled_from([1, 2.5, 10, 20, 254.9]),
+    st.floats(0, 2.6),
+)
+@settings(deadline=None, max_examples=150)
+def test_the_short_cut_for_small_differences_changes_no_patch(seed, geometry, tolerance, strength):
+    side, patch = geometry
+    rng = np.random.default_rng(seed)
+    first = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+    # Each patch differs by up to its own largest value, around the bounds of the two finer measures.
+    grid = side // patch
+    largest = np.rint(rng.uniform(0, strength * tolerance, (grid, grid))).astype(int)
+    largest = np.pad(largest.repeat(patch, axis=0).repeat(patch, axis=1), (0, side - grid * patch))[..., None]
+    sign = rng.integers(-1, 2, first.shape) if seed % 2 else rng.choice([-1, 1])
+    second = np.clip(first + sign * largest, 0, 255).astype(np.uint8)
+    reusable, staleness = reusable_patches(first, second, patch, tolerance)
+    np.testing.assert_array_equal(staleness, patch_staleness(first, second, patch))
+    difference = patch_blocks(second.astype(int) - first, patch)
+    peaks = [filtered_peaks(block) for block in difference]
+    expected = [
+        stale <= tolerance and channel <= 16 * 2.0 * tolerance and luma <= 48 * 1.2 * tolerance
+        for stale, (channel, luma) in zip(staleness, peaks, strict=True)
+    ]
+    assert reusable.tolist() == expected
+
+
 def test_a_changed_character_is_stale_where_a_mean_over_the_patch_would_hide_it():
     reference = np.full((56, 56, 3), 120, dtype=np.uint8)
     image = reference.copy()
