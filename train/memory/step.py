@@ -100,19 +100,37 @@ def prepare_for_training(model: nn.Module, training: SFTConfig) -> None:
     give_head_a_bias(base)
     trl.trainer.utils.add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     model.train()
-    if training.activation_checkpointing:
-        settings = dict(training.activation_checkpointing_kwargs or {})
+    on, settings = recomputation(training)
+    if on:
         every = settings.pop("every_n_layers", 1)
         unknown = sorted(set(settings) - {"use_reentrant"})
         if unknown:
             raise ValueError(
                 f"activation_checkpointing_kwargs has {unknown}; the estimate knows every_n_layers, use_reentrant."
             )
-        model.activation_checkpointing_enable(
-            activation_checkpointing_kwargs=settings or None, every_n_layers=every
-        )
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(
+                activation_checkpointing_kwargs=settings or None, every_n_layers=every
+            )
+        elif every != 1:
+            raise ValueError(
+                f"every_n_layers is {every}, which this version of transformers does not know; wanted 1."
+            )
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings or None)
         if base is not model:
             model.enable_input_require_grads()
+
+
+def recomputation(training: SFTConfig) -> tuple[bool, dict]:
+    """Whether layers are computed again in the backward pass, and its settings.
+
+    transformers calls it activation checkpointing; older versions, 5.17 among them, gradient checkpointing.
+    """
+    name = "activation_checkpointing"
+    if not hasattr(training, name):
+        name = "gradient_checkpointing"
+    return bool(getattr(training, name)), dict(getattr(training, f"{name}_kwargs") or {})
 
 
 def full_batch(config: BackdropConfig, training: SFTConfig, length: int, images: int, groups: int) -> dict:
