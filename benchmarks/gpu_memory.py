@@ -53,7 +53,12 @@ def memory(run: GpuRun) -> None:
     ]
     rows = run.results.setdefault("memory", {}).setdefault("rows", [])
     for case in cases:
-        rows.append({"shape": shape, "case": case.name, **step_memory(shape, case, run.device)})
+        row = {"shape": shape, "case": case.name}
+        try:
+            row |= step_memory(shape, case, run.device)
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}"[:300]
+        rows.append(row)
         run.write()
         free()
 
@@ -71,6 +76,7 @@ def step_memory(shape: str, case: StepCase, device: str) -> dict[str, int | None
 
     on_gpu = torch.device(device).type == "cuda"
     config = step_config(shape)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False  # a head of its own, as most models have
     options = ModelConfig(
         dtype="bfloat16", attn_implementation="sdpa", use_peft=case.trains == "LoRA", lora_r=64
     )

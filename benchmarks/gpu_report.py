@@ -115,6 +115,9 @@ def _memory_lines(found: dict) -> list[str]:
         "|---|---|---:|---:|---:|",
     ]
     for row in found.get("rows", []):
+        if "error" in row:
+            lines.append(f"| {row['case']} | {row['shape']} | {row['error']} | | |")
+            continue
         measured = row["measured"]
         cells = (
             ["not measured on a CPU", f"{row['estimated'] / 2**30:.3f}", ""]
