@@ -68,10 +68,6 @@ format: setup ## rewrite the sources in ruff's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup ## the documentation as a site in build/site, every link checked
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-	@echo "open build/site/index.html"
-
 serve-setup: $(SERVE)/.installed ## create .venv-serve with vLLM (CPU), about three minutes
 
 $(SERVE)/.installed: requirements-serve.txt constraints-serve.txt

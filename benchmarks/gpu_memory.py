@@ -76,7 +76,9 @@ def step_memory(shape: str, case: StepCase, device: str) -> dict[str, int | None
 
     on_gpu = torch.device(device).type == "cuda"
     config = step_config(shape)
-    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False  # a head of its own, as most models have
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = (
+        False  # a head of its own, as most models have
+    )
     options = ModelConfig(
         dtype="bfloat16", attn_implementation="sdpa", use_peft=case.trains == "LoRA", lora_r=64
     )

@@ -167,7 +167,7 @@ def _cache_parity(llava: LlavaForConditionalGeneration, shape: Shape, device: st
     detector.plant(frames[:4])
     batch = processor(
         images=[frame.image for frame in frames[:4]],
-        text=[PROMPT] * 4,
+        text=[PROMPT] * len(frames[:4]),
         padding=True,
         return_tensors="pt",
     ).to(device, llava.dtype)

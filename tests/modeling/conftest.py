@@ -4,11 +4,13 @@ import os
 import threading
 
 import pytest
+from folder_values import file_size
 
 
 @pytest.fixture
 def gate(monkeypatch):
     """An event: each write to a folder waits for it before its last step. `gate.reached` is set once one waits."""
+    file_size(1000)  # it writes, and is remembered
     replace, opened = os.replace, threading.Event()
     opened.reached = threading.Event()
 
