@@ -2,6 +2,7 @@
 
 import tempfile
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -31,13 +32,14 @@ class StepCase:
 def step_config(shape: str) -> BackdropConfig:
     """The configuration of `sharing_backdrop`, without building LLaVA."""
     llava = SHAPES[shape].llava_config()
+    llava.text_config.tie_word_embeddings = False  # a head of its own, as most models have
     tokenizer = build_tokenizer()
     return BackdropConfig(
         vision_config=llava.vision_config,
         text_config=llava.text_config,
         image_token_id=llava.image_token_id,
         separator_token_ids=tokenizer.convert_tokens_to_ids(list(SEPARATOR_TOKENS)),
-        tie_word_embeddings=llava.tie_word_embeddings,
+        tie_word_embeddings=False,
         trained_on_groups=True,
     )
 
@@ -53,7 +55,7 @@ def memory(run: GpuRun) -> None:
     ]
     rows = run.results.setdefault("memory", {}).setdefault("rows", [])
     for case in cases:
-        row = {"shape": shape, "case": case.name}
+        row: dict[str, Any] = {"shape": shape, "case": case.name}
         try:
             row |= step_memory(shape, case, run.device)
         except Exception as error:
@@ -76,9 +78,6 @@ def step_memory(shape: str, case: StepCase, device: str) -> dict[str, int | None
 
     on_gpu = torch.device(device).type == "cuda"
     config = step_config(shape)
-    config.tie_word_embeddings = config.text_config.tie_word_embeddings = (
-        False  # a head of its own, as most models have
-    )
     options = ModelConfig(
         dtype="bfloat16", attn_implementation="sdpa", use_peft=case.trains == "LoRA", lora_r=64
     )
