@@ -48,4 +48,4 @@ def prepare_tokens(
                 table[words].mean(0) if meaning else torch.randn_like(table[token_id]) * table[words].std()
             )
             table[token_id] = start
-    config._check()
+    config.check_fields()

@@ -63,7 +63,7 @@ class BackdropConfig(PreTrainedConfig):
         if self.text_config.tie_word_embeddings:
             self.tie_word_embeddings = True
         super().__post_init__(**kwargs)
-        self._check()
+        self.check_fields()
 
     def check_servable(self) -> None:
         """Refuses what vLLM's Transformers backend, which builds the model with its own attention, cannot run right.
@@ -84,7 +84,12 @@ class BackdropConfig(PreTrainedConfig):
                 "False."
             )
 
-    def _check(self) -> None:
+    def check_fields(self) -> None:
+        """Refuses fields that do not fit each other; called when the configuration is built, and after a field is set.
+
+        Raises:
+            ValueError: names the field, its value and what was wanted.
+        """
         tower = self.vision_config.model_type
         if tower not in TOWER_PREFIX_TOKENS:
             raise ValueError(

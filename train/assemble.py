@@ -98,7 +98,7 @@ def build_config(arguments: ModelArguments) -> BackdropConfig:
     for name in ("masked_attention", "raster_order"):
         if getattr(arguments, name) is not None:
             setattr(config, name, getattr(arguments, name))
-    config._check()
+    config.check_fields()
     return config
 
 
