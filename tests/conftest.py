@@ -66,3 +66,18 @@ def chat_model(processor) -> BackdropForConditionalGeneration:
         image_token_id=processor.image_token_id,
         separator_token_ids=processor.separator_token_ids,
     )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items) -> None:
+    """Spreads the slow tests of `-m real`: xdist gives each process a run of neighbours, and two take minutes each."""
+    if config.option.markexpr != "real":
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    slow = slow[0::2] + slow[1::2]  # neighbours end up in different halves
+    others = [item for item in items if not item.get_closest_marker("slow")]
+    share = len(others) / max(len(slow), 1)
+    spread = []
+    for i, item in enumerate(slow):
+        spread += [item, *others[round(i * share) : round((i + 1) * share)]]
+    items[:] = spread if slow else others
