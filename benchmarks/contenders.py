@@ -14,7 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoProcessor, CLIPImageProcessor, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    AutoProcessor,
+    CLIPImageProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
@@ -41,20 +47,24 @@ def build_llava(shape: Shape, device: str, dtype: torch.dtype) -> LlavaForCondit
     return model.eval().requires_grad_(False)
 
 
-def sharing_backdrop(llava: LlavaForConditionalGeneration) -> BackdropForConditionalGeneration:
-    """A Backdrop model on LLaVA's own weights: no tensor is copied."""
-    tokenizer = build_tokenizer()
-    config = BackdropConfig(
-        vision_config=llava.config.vision_config,
-        text_config=llava.config.text_config,
-        image_token_id=llava.config.image_token_id,
-        separator_token_ids=tokenizer.convert_tokens_to_ids(list(SEPARATOR_TOKENS)),
-        projector_hidden_act=llava.config.projector_hidden_act,
-        vision_feature_layer=llava.config.vision_feature_layer,
-        vision_feature_select_strategy=llava.config.vision_feature_select_strategy,
-        tie_word_embeddings=llava.config.tie_word_embeddings,
+def backdrop_config(llava: LlavaConfig) -> BackdropConfig:
+    """The configuration of a Backdrop model of LLaVA's shape, with separators, that counts as finetuned on groups."""
+    return BackdropConfig(
+        vision_config=llava.vision_config,
+        text_config=llava.text_config,
+        image_token_id=llava.image_token_id,
+        separator_token_ids=build_tokenizer().convert_tokens_to_ids(list(SEPARATOR_TOKENS)),
+        projector_hidden_act=llava.projector_hidden_act,
+        vision_feature_layer=llava.vision_feature_layer,
+        vision_feature_select_strategy=llava.vision_feature_select_strategy,
+        tie_word_embeddings=llava.tie_word_embeddings,
         trained_on_groups=True,
     )
+
+
+def sharing_backdrop(llava: LlavaForConditionalGeneration) -> BackdropForConditionalGeneration:
+    """A Backdrop model on LLaVA's own weights: no tensor is copied."""
+    config = backdrop_config(llava.config)
     with torch.device("meta"):
         model = BackdropForConditionalGeneration(config)
     theirs = llava.model

@@ -8,14 +8,14 @@ import torch
 
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
-from backdrop.processing.processing_backdrop import SEPARATOR_TOKENS
 
 from .contenders import (
+    backdrop_config,
     backdrop_processor,
 )
 from .gpu_run import GpuRun, NoDetector, free
 from .planted_detector import PlantedDetector
-from .shapes import SHAPES, build_tokenizer
+from .shapes import SHAPES
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,10 @@ class StepCase:
 
 
 def step_config(shape: str) -> BackdropConfig:
-    """The configuration of `sharing_backdrop`, without building LLaVA."""
+    """The configuration that the parts which time something have, but with a head of its own, as most models have."""
     llava = SHAPES[shape].llava_config()
-    llava.text_config.tie_word_embeddings = False  # a head of its own, as most models have
-    tokenizer = build_tokenizer()
-    return BackdropConfig(
-        vision_config=llava.vision_config,
-        text_config=llava.text_config,
-        image_token_id=llava.image_token_id,
-        separator_token_ids=tokenizer.convert_tokens_to_ids(list(SEPARATOR_TOKENS)),
-        tie_word_embeddings=False,
-        trained_on_groups=True,
-    )
+    llava.text_config.tie_word_embeddings = llava.tie_word_embeddings = False
+    return backdrop_config(llava)
 
 
 def memory(run: GpuRun) -> None:
