@@ -54,11 +54,13 @@ class Stack:
                     return [child, *child.children(recursive=True)]
         return []
 
-    def kill_engine(self, number: int) -> None:
-        """kill -9 of an engine and its workers."""
-        for process in self.engine_processes(number):
+    def signal_engine(self, number: int, sent: signal.Signals) -> None:
+        """Sends a signal to an engine and its workers."""
+        processes = self.engine_processes(number)
+        assert processes, f"engine {number} is not running"
+        for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGKILL)
+                process.send_signal(sent)
 
     def states(self) -> dict[str, str]:
         return httpx.get(f"{self.url}/health", timeout=10).json()["replicas"]

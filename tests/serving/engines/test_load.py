@@ -8,6 +8,7 @@ import time
 
 import httpx
 import psutil
+import pytest
 from running import KEYS
 
 from backdrop.benchmarks.traffic import SceneTraffic, drive, is_foreign, summarize
@@ -15,6 +16,12 @@ from backdrop.scenes.world import render_scene
 from backdrop.serving import BackdropClient
 
 CLIENTS = 6
+
+
+@pytest.fixture(autouse=True)
+def both_replicas_up(stack):
+    """Each test begins with both replicas, whatever the one before it left behind."""
+    stack.wait_until_up()
 
 
 def load(stack, seconds: float, while_running=None, cameras: int = 12):
@@ -42,8 +49,11 @@ def test_a_killed_replica_costs_cache_not_requests(stack):
     retries = stack.metric("backdrop_retries_total")
 
     def kill():
-        time.sleep(8)
-        stack.kill_engine(0)
+        time.sleep(6)
+        # Stopped first, so that requests wait in it when it dies: by chance it could have none.
+        stack.signal_engine(0, signal.SIGSTOP)
+        time.sleep(2)
+        stack.signal_engine(0, signal.SIGKILL)
 
     outcomes, names = load(stack, 25, kill)
     lost = [outcome for outcome in outcomes if outcome.text is None]
@@ -81,7 +91,7 @@ def test_without_engines_there_is_a_clear_error_and_an_end_to_it(stack):
     def kill():
         time.sleep(4)
         for number in range(2):
-            stack.kill_engine(number)
+            stack.signal_engine(number, signal.SIGKILL)
 
     outcomes, names = load(stack, 8, kill)
     failed = [outcome for outcome in outcomes if outcome.text is None]
