@@ -194,13 +194,20 @@ class BackgroundCache:
         if self.folder is not None:
             self.folder.clear()
 
-    def weights_key(self, *modules: nn.Module) -> bytes:
-        """What a stored value depends on in the weights of these modules.
+    def weights_key(self, *modules: nn.Module) -> bytes | None:
+        """What a stored value depends on in these modules; None where that cannot be told, which is logged once.
 
         Without a folder their fingerprint, cheap and valid in this process only. With a folder, which other processes
         read, a digest of all weights, computed once for each fingerprint.
         """
-        fingerprint = self._fingerprints.of(*modules)
+        snapshot = self._fingerprints.of(*modules)
+        if snapshot.unseen is not None:
+            logger.warning_once(
+                f"The background cache cannot tell what {snapshot.unseen} does: what it concerns is computed anew at every "
+                "call, as without the cache."
+            )
+            return None
+        fingerprint = snapshot.fingerprint
         if self.folder is None:
             return fingerprint
         with self._lock:

@@ -3,6 +3,7 @@
 import torch
 from transformers import GenerationMixin
 
+from .adapter_rows_backdrop import group_adapters
 from .group_features_backdrop import group_features
 from .prefill_backdrop import plan_prefill, prefill_images, prefill_inputs
 from .prompt_layout_backdrop import PromptBatch, rows_of_groups
@@ -41,7 +42,8 @@ class BackdropGenerationMixin(GenerationMixin):
                 wants_all_states = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
                 prompt = PromptBatch(input_ids, attention_mask, kwargs.get("position_ids"))
                 plan = plan_prefill(self.model, prompt, past_key_values, seen, load=not wants_all_states)
-            encoded = group_features(self.model, pixel_values, patch_mask, group_kind)
+            adapters = group_adapters(self.model, input_ids, len(pixel_values), patch_mask, group_index)
+            encoded = group_features(self.model, pixel_values, patch_mask, group_kind, adapters)
             if group_index is not None:
                 encoded = encoded.select(group_index.tolist())
             if plan is None:

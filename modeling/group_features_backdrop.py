@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .adapter_rows_backdrop import one_adapter, row_adapters, vision_modules
 from .background_cache_backdrop import BackgroundCache
 from .cache_keys_backdrop import content_keys, in_namespace, tokens_run_key
 from .cache_tiers_backdrop import synchronized_clock
@@ -47,12 +48,19 @@ class EncodedGroups:
     """Groups as the language model reads them.
 
     `features`: `G` tensors `[n_g, D]`; `kinds`: of each group; `content_keys`: the background cache's key of each, None
-    for object groups and where the cache is not in use.
+    for object groups, and where the cache is not in use or cannot tell what the tower does.
     """
 
     features: list[torch.Tensor]
     kinds: tuple[int, ...]
     content_keys: tuple[bytes | None, ...]
+
+    @property
+    def are_keyed(self) -> bool:
+        """Whether every background has its key."""
+        return all(
+            key is not None or kind == OBJECT for key, kind in zip(self.content_keys, self.kinds, strict=True)
+        )
 
     @property
     def lengths(self) -> list[int]:
@@ -73,22 +81,28 @@ def group_features(
     pixel_values: torch.Tensor,
     patch_mask: torch.Tensor | None = None,
     group_kind: torch.Tensor | None = None,
+    adapters: list[str] | None = None,
 ) -> EncodedGroups:
     """Vision tokens of groups, those of backgrounds from the cache where it is in use and has them.
 
     Args:
         model: the `BackdropModel`.
         pixel_values, patch_mask, group_kind: see `BackdropModel.get_image_features`.
+        adapters: peft's adapter of each group, see `group_adapters`; None: the call names none.
 
     Raises:
         ValueError: the groups do not fit the model, see `check_groups`.
     """
     groups = check_groups(model.config, pixel_values, patch_mask, group_kind)
-    cache = model.cache_in_use
-    if cache is None:
-        features, keys = encode_by_kind(model, groups), [None] * len(groups)
-    else:
-        features, keys = _encode_with_cache(model, groups, cache)
+    features: list = [None] * len(groups)
+    keys: list[bytes | None] = [None] * len(groups)
+    for adapter in [None] if adapters is None else sorted(set(adapters)):
+        members = [g for g in range(len(groups)) if adapters is None or adapters[g] == adapter]
+        part = groups if len(members) == len(groups) else groups.select(members)
+        with one_adapter(adapter, *vision_modules(model)):
+            found = _encode(model, part, adapter)
+        for g, feature, key in zip(members, *found, strict=True):
+            features[g], keys[g] = feature, key
     if model.config.raster_order:
         features = in_raster_order(features, groups)
     return EncodedGroups(features, groups.kinds, tuple(keys))
@@ -190,16 +204,26 @@ def _encode_alike(model, groups: PatchGroups, kind: int, layers_pass=None) -> li
     return list(projector(torch.cat(states)).split([state.shape[0] for state in states]))
 
 
+def _encode(model, groups: PatchGroups, adapter: str | None) -> tuple[list[torch.Tensor], list[bytes | None]]:
+    """(features, content keys) of groups, by the cache where it is in use and can tell what the tower does."""
+    cache = model.cache_in_use
+    if adapter is None and cache is not None and row_adapters(*vision_modules(model)) is not None:
+        cache = None  # peft has names for a batch of the tower's own making, and they are nobody's
+    run_key = None if cache is None else tokens_run_key(model)
+    if cache is None or run_key is None:
+        return encode_by_kind(model, groups), [None] * len(groups)
+    return _encode_with_cache(model, groups, cache, run_key, adapter)
+
+
 def _encode_with_cache(
-    model, groups: PatchGroups, cache: BackgroundCache
+    model, groups: PatchGroups, cache: BackgroundCache, run_key: bytes, adapter: str | None
 ) -> tuple[list[torch.Tensor], list[bytes | None]]:
     """(features, content keys): backgrounds that the cache lacks are encoded together with the objects, and stored."""
     device = model.multi_modal_projector.linear_2.weight.device
     # Offloaded weights are on "meta", where no tensor can be read.
     devices = [torch.device("cpu") if device.type == "meta" else device]
     backgrounds = [g for g, kind in enumerate(groups.kinds) if kind == BACKGROUND]
-    run_key = tokens_run_key(model)
-    context = in_namespace(model, run_key)
+    context = in_namespace(model, run_key, adapter)
     hashed = content_keys(groups.pixel_values, groups.patch_mask, backgrounds, context)
     keys = [hashed.get(g) for g in range(len(groups))]
     tokens = model.tokens_per_group(groups.patch_mask)
@@ -223,8 +247,9 @@ def _encode_with_cache(
         # Only what is stored is timed: the clock waits for the device.
         stored = any(keys[g] is not None for g in to_encode)
         layers_pass = None
-        # The run key is of the background's tower.
-        if model.compiled_reuse is not None and not stored and not model.config.separate_vision_towers:
+        # The run key is of the background's tower, without an adapter that a call names.
+        separate = model.config.separate_vision_towers or adapter is not None
+        if model.compiled_reuse is not None and not stored and not separate:
             layers_pass = partial(model.compiled_reuse.tower_layers, model, run_key)
         started = synchronized_clock(device) if stored else 0.0
         features = encode_by_kind(model, groups.select(to_encode), layers_pass)

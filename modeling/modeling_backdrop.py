@@ -23,6 +23,7 @@ from transformers.generation import LogitsProcessorList, SuppressTokensLogitsPro
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple
 
+from .adapter_rows_backdrop import adapter_hooks_removed_on_error
 from .cache_access_backdrop import BackgroundCacheMixin
 from .captured_reuse_backdrop import run_language_model
 from .configuration_backdrop import BACKGROUND, OBJECT, BackdropConfig
@@ -361,7 +362,8 @@ class BackdropForConditionalGeneration(BackdropPreTrainedModel, BackdropGenerati
             # An offloaded model says "meta", where no tensor can be read.
             device = "cpu" if self.device.type == "meta" else self.device
             processors.append(SuppressTokensLogitsProcessor(self.config.separator_token_ids, device=device))
-        return super().generate(*args, logits_processor=processors, **kwargs)
+        with adapter_hooks_removed_on_error(self):
+            return super().generate(*args, logits_processor=processors, **kwargs)
 
 
 def _keep_positions(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

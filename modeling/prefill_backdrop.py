@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache, DynamicCache
 
+from .adapter_rows_backdrop import prefix_modules, row_adapters
 from .background_prefix_backdrop import background_prefix
 from .cache_keys_backdrop import in_namespace, prefix_run_key
 from .group_features_backdrop import EncodedGroups, group_features
@@ -68,7 +69,7 @@ def prefill_images(
     prompt, cached = plan.prompt, plan.cached
     is_image = prompt.input_ids == model.config.image_token_id
     rows = rows_of_groups(prompt.input_ids, model.config.image_token_id, encoded.lengths)
-    if plan.run_key is not None:
+    if plan.run_key is not None and encoded.are_keyed:
         cached = _load_prefix(model, prompt, plan.run_key, rows, encoded, past_key_values)
     features = _unseen_features(encoded.features, rows, is_image[:, :cached])
     return cached, torch.cat(features) if features else None
@@ -125,12 +126,16 @@ def _load_prefix(
     if position_ids is None:
         position_ids = torch.arange(input_ids.shape[1]).unsqueeze(0)
     position_ids = position_ids.expand(input_ids.shape[0], -1)
+    adapters = row_adapters(*prefix_modules(model))
+    if adapters is not None and len(adapters) != len(rows):
+        return 0  # peft will say so
     prefix = background_prefix(
         PromptBatch(input_ids, prompt.attention_mask, position_ids),
         layout,
         encoded,
         config.image_token_id,
-        in_namespace(model, run_key),
+        [in_namespace(model, run_key, adapter) for adapter in adapters or [None] * len(rows)],
+        adapters,
     )
     if prefix is None:
         return 0
