@@ -4,7 +4,7 @@ Shapes: `G` groups, `P` patches, `S` image side, `n_g` tokens of group g, `D` te
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -218,46 +218,48 @@ def _encode(model, groups: PatchGroups, adapter: str | None) -> tuple[list[torch
 def _encode_with_cache(
     model, groups: PatchGroups, cache: BackgroundCache, run_key: bytes, adapter: str | None
 ) -> tuple[list[torch.Tensor], list[bytes | None]]:
-    """(features, content keys): backgrounds that the cache lacks are encoded together with the objects, and stored."""
-    device = model.multi_modal_projector.linear_2.weight.device
-    # Offloaded weights are on "meta", where no tensor can be read.
-    devices = [torch.device("cpu") if device.type == "meta" else device]
+    """(features, content keys): backgrounds from the cache, or encoded one by one and stored; the objects together.
+
+    Kernels choose by shape in which order they add, so the last bits of a group depend on what shares its pass. A
+    background has a pass of its own, and the objects' pass holds the objects alone: what is stored for a key depends on
+    the key alone, and a miss and a hit of one call are equal bit for bit.
+    """
     backgrounds = [g for g, kind in enumerate(groups.kinds) if kind == BACKGROUND]
+    objects = [g for g, kind in enumerate(groups.kinds) if kind != BACKGROUND]
     context = in_namespace(model, run_key, adapter)
     hashed = content_keys(groups.pixel_values, groups.patch_mask, backgrounds, context)
-    keys = [hashed.get(g) for g in range(len(groups))]
     tokens = model.tokens_per_group(groups.patch_mask)
-    known: dict[bytes, torch.Tensor | None] = {}  # None: being encoded
-    to_encode, reused = [], 0
-    for g, key in enumerate(keys):
-        if key is None:
-            to_encode.append(g)
-        elif key in known:  # the same background twice in one batch
-            reused += tokens[g]
-        else:
-            stored = cache.get("tokens", key, devices)
-            known[key] = None if stored is None else stored[0]
-            if stored is None:
-                to_encode.append(g)
-            else:
-                reused += tokens[g]
-    computed = sum(tokens[g] for g in to_encode)
-    encoded: dict[int, torch.Tensor] = {}
-    if to_encode:
-        # Only what is stored is timed: the clock waits for the device.
-        stored = any(keys[g] is not None for g in to_encode)
+    known: dict[bytes, torch.Tensor] = {}
+    computed = sum(tokens[g] for g in objects)
+    for g, key in hashed.items():
+        if key not in known:  # the same background twice in one batch is encoded once
+            known[key], was_stored = _load_background(model, groups, g, key, cache)
+            computed += 0 if was_stored else tokens[g]
+    cache.record_tokens(sum(tokens) - computed, computed)
+    encoded: dict[int, torch.Tensor] = {g: known[key] for g, key in hashed.items()}
+    if objects:
         layers_pass = None
         # The run key is of the background's tower, without an adapter that a call names.
         separate = model.config.separate_vision_towers or adapter is not None
-        if model.compiled_reuse is not None and not stored and not separate:
+        if model.compiled_reuse is not None and not separate:
             layers_pass = partial(model.compiled_reuse.tower_layers, model, run_key)
-        started = synchronized_clock(device) if stored else 0.0
-        features = encode_by_kind(model, groups.select(to_encode), layers_pass)
-        encoded = dict(zip(to_encode, features, strict=True))
-        seconds_per_token = (synchronized_clock(device) - started) / computed if stored else 0.0
-    for g, feature in encoded.items():
-        if keys[g] is not None:
-            known[keys[g]] = feature
-            cache.put("tokens", keys[g], (feature,), seconds_per_token * tokens[g])
-    cache.record_tokens(reused, computed)
-    return [encoded[g] if key is None else known[key] for g, key in enumerate(keys)], keys
+        encoded |= zip(objects, encode_by_kind(model, groups.select(objects), layers_pass), strict=True)
+    return [encoded[g] for g in range(len(groups))], [hashed.get(g) for g in range(len(groups))]
+
+
+def _load_background(
+    model, groups: PatchGroups, g: int, key: bytes, cache: BackgroundCache
+) -> tuple[torch.Tensor, bool]:
+    """(features `[n_g, D]` of background g, whether the cache had them); what it lacks is computed and stored."""
+    device = model.multi_modal_projector.linear_2.weight.device
+    # Offloaded weights are on "meta", where no tensor can be read.
+    stored = cache.get("tokens", key, [torch.device("cpu") if device.type == "meta" else device])
+    if stored is not None:
+        return stored[0], True
+    alone = groups.select([g])
+    # Neither the batch's memory layout nor the background's place in it may choose a kernel.
+    alone = replace(alone, pixel_values=alone.pixel_values.clone(memory_format=torch.contiguous_format))
+    started = synchronized_clock(device)
+    (features,) = encode_by_kind(model, alone)
+    cache.put("tokens", key, (features,), synchronized_clock(device) - started)
+    return features, False
