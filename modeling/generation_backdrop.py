@@ -2,10 +2,29 @@
 
 import torch
 from transformers import GenerationMixin
+from transformers.generation import LogitsProcessor
 
 from .group_features_backdrop import group_features
 from .prefill_backdrop import plan_prefill, prefill_images, prefill_inputs
 from .prompt_layout_backdrop import PromptBatch, rows_of_groups
+
+
+class NoSeparators(LogitsProcessor):
+    """Separators mark groups in a prompt and are never an answer: their scores become minus infinity.
+
+    A class of its own: where a caller's processor and one that `generate` makes are of one class, transformers keeps the
+    caller's alone.
+    """
+
+    supports_continuous_batching = True
+
+    def __init__(self, token_ids: list[int]):
+        self.token_ids = torch.tensor(token_ids)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """`scores [rows, vocabulary]` with no chance for the separators."""
+        self.token_ids = self.token_ids.to(scores.device)
+        return scores.index_fill(-1, self.token_ids, -torch.inf)
 
 
 # Transformers looks for "GenerationMixin" in the names of a model's bases.
@@ -62,6 +81,13 @@ class BackdropGenerationMixin(GenerationMixin):
         if wants_images and image_embeds is not None:
             model_inputs["image_embeds"] = image_embeds
         return model_inputs
+
+    def _get_logits_processor(self, *args, logits_processor=None, **kwargs):
+        # Behind the caller's own, whatever they ask for, and before what sampling cuts down to the likeliest tokens.
+        processors = list(logits_processor or ())
+        if self.config.separator_token_ids is not None:
+            processors.append(NoSeparators(self.config.separator_token_ids))
+        return super()._get_logits_processor(*args, logits_processor=processors, **kwargs)
 
     @torch.no_grad()
     def prepare_prefill(

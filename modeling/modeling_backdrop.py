@@ -19,7 +19,6 @@ from torch import nn
 from transformers import AutoModel, Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple
 
@@ -353,15 +352,6 @@ class BackdropForConditionalGeneration(BackdropPreTrainedModel, BackdropGenerati
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
-
-    def generate(self, *args, logits_processor: LogitsProcessorList | None = None, **kwargs):
-        """As transformers' `generate`; separator tokens are never generated. Returns ids `[B, L + new]`."""
-        processors = LogitsProcessorList(logits_processor or [])
-        if self.config.separator_token_ids is not None:
-            # An offloaded model says "meta", where no tensor can be read.
-            device = "cpu" if self.device.type == "meta" else self.device
-            processors.append(SuppressTokensLogitsProcessor(self.config.separator_token_ids, device=device))
-        return super().generate(*args, logits_processor=processors, **kwargs)
 
 
 def _keep_positions(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
