@@ -6,7 +6,7 @@ from transformers.generation import LogitsProcessor
 
 from .group_features_backdrop import group_features
 from .prefill_backdrop import plan_prefill, prefill_images, prefill_inputs
-from .prompt_layout_backdrop import PromptBatch, rows_of_groups
+from .prompt_layout_backdrop import PromptBatch, rows_of_groups, unseen_tokens
 
 
 class NoSeparators(LogitsProcessor):
@@ -52,23 +52,23 @@ class BackdropGenerationMixin(GenerationMixin):
         groups is, so that no image is encoded twice. The other arguments are transformers' and `forward`'s.
         """
         wants_images = is_first_iteration or not kwargs.get("use_cache", True)
+        if wants_images and (pixel_values is not None or image_embeds is not None):
+            prompt_ids = self._prompt_ids(input_ids, inputs_embeds)
+            length = prompt_ids.shape[1]
+            seen = length - next_sequence_length if next_sequence_length is not None else 0
         if wants_images and pixel_values is not None:
-            plan = None
-            if inputs_embeds is None:
-                length = input_ids.shape[1]
-                seen = length - next_sequence_length if next_sequence_length is not None else 0
-                wants_all_states = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
-                prompt = PromptBatch(input_ids, attention_mask, kwargs.get("position_ids"))
-                plan = plan_prefill(self.model, prompt, past_key_values, seen, load=not wants_all_states)
+            wants_all_states = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
+            load = not wants_all_states and inputs_embeds is None
+            prompt = PromptBatch(prompt_ids, attention_mask, kwargs.get("position_ids"))
+            plan = plan_prefill(self.model, prompt, past_key_values, seen, load)
             encoded = group_features(self.model, pixel_values, patch_mask, group_kind)
             if group_index is not None:
                 encoded = encoded.select(group_index.tolist())
-            if plan is None:
-                image_embeds = torch.cat(encoded.features) if encoded.features else None
-            else:
-                cached, image_embeds = prefill_images(self.model, plan, encoded, past_key_values)
-                if cached != plan.cached:
-                    next_sequence_length = length - cached
+            cached, image_embeds = prefill_images(self.model, plan, encoded, past_key_values)
+            if cached != plan.cached:
+                next_sequence_length = length - cached
+        elif wants_images and image_embeds is not None and seen:
+            image_embeds = self._unseen_vision_tokens(prompt_ids, image_embeds, seen)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -124,15 +124,17 @@ class BackdropGenerationMixin(GenerationMixin):
         """Repeats rows for beams or several sequences; their groups follow the rows by index, not by copy."""
         visual_names = ("pixel_values", "patch_mask", "group_kind", "image_embeds")
         visual = {name: model_kwargs.pop(name) for name in visual_names if name in model_kwargs}
-        batch = input_ids.shape[0] if input_ids is not None else 0
         pixel_values, image_embeds = visual.get("pixel_values"), visual.get("image_embeds")
+        if expand_size > 1 and (pixel_values is not None or image_embeds is not None):
+            prompt_ids = self._prompt_ids(input_ids, model_kwargs.get("inputs_embeds"))
+            past_key_values = model_kwargs.get("past_key_values")
+            cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         if expand_size > 1 and pixel_values is not None:
-            rows = self._rows_for_expansion(input_ids, pixel_values, visual.get("patch_mask"), batch)
+            rows = self._rows_for_expansion(prompt_ids, pixel_values, visual.get("patch_mask"), cached)
             order = [g for row in rows for _ in range(expand_size) for g in row]
             visual["group_index"] = torch.tensor(order, device=pixel_values.device)
         if expand_size > 1 and image_embeds is not None:
-            placeholders = (input_ids == self.config.image_token_id).sum(-1).tolist()
-            parts = image_embeds.split(placeholders)
+            parts, _ = self._vision_tokens_by_row(prompt_ids, image_embeds, cached)
             visual["image_embeds"] = torch.cat([part for part in parts for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size,
@@ -142,18 +144,37 @@ class BackdropGenerationMixin(GenerationMixin):
         )
         return input_ids, {**model_kwargs, **visual}
 
-    def _rows_for_expansion(self, input_ids, pixel_values, patch_mask, batch: int) -> list[tuple[int, ...]]:
-        """Which groups belong to which of the `batch` rows."""
-        groups = pixel_values.shape[0]
-        if input_ids is not None and input_ids.shape[1] > 0:
-            if patch_mask is None:
-                tokens = [self.config.num_patches + self.config.extra_tokens_per_group] * groups
-            else:
-                tokens = self.model.tokens_per_group(patch_mask)
-            return rows_of_groups(input_ids, self.config.image_token_id, tokens)
-        if batch == 0 or groups % batch:
-            raise ValueError(
-                f"With inputs_embeds, {groups} groups cannot be told apart over {batch} rows for beams or several "
-                "sequences; pass input_ids."
-            )
-        return [tuple(range(r * groups // batch, (r + 1) * groups // batch)) for r in range(batch)]
+    def _prompt_ids(self, input_ids, inputs_embeds) -> torch.Tensor:
+        """The prompt as ids `[B, L]`; of an embedded one only the placeholders are known, the rest is -1."""
+        if inputs_embeds is None:
+            return input_ids
+        is_image = self.model.placeholders(None, inputs_embeds)
+        return torch.where(is_image, self.config.image_token_id, -1)
+
+    def _rows_for_expansion(self, prompt_ids, pixel_values, patch_mask, cached: int) -> list[tuple[int, ...]]:
+        """Which groups belong to which row, see `rows_of_groups`."""
+        if patch_mask is None:
+            tokens = [self.config.num_patches + self.config.extra_tokens_per_group] * pixel_values.shape[0]
+        else:
+            tokens = self.model.tokens_per_group(patch_mask)
+        return rows_of_groups(prompt_ids, self.config.image_token_id, tokens, cached)[0]
+
+    def _vision_tokens_by_row(
+        self, prompt_ids, image_embeds, cached: int
+    ) -> tuple[tuple[torch.Tensor, ...], int]:
+        """`image_embeds [n, D]` cut into rows, and the column from which placeholders were counted, 0 or `cached`."""
+        is_image = self.model.placeholders(prompt_ids)
+        for first in (0, cached):
+            counts = is_image[:, first:].sum(-1).tolist()
+            if sum(counts) == image_embeds.shape[0]:
+                return image_embeds.split(counts), first
+        raise ValueError(
+            f"Image features and image tokens do not match, tokens: {int(is_image.sum())}, "
+            f"features {image_embeds.shape[0]}"
+        )
+
+    def _unseen_vision_tokens(self, prompt_ids, image_embeds, cached: int) -> torch.Tensor | None:
+        """`image_embeds [n, D]` without those whose placeholders are cached."""
+        parts, first = self._vision_tokens_by_row(prompt_ids, image_embeds, cached)
+        seen = self.model.placeholders(prompt_ids)[:, first:cached]
+        return unseen_tokens(list(parts), [(r,) for r in range(len(parts))], seen)

@@ -142,6 +142,15 @@ class BackdropModel(BackdropPreTrainedModel):
         if self.config.separate_projectors:
             self.object_multi_modal_projector.load_state_dict(self.multi_modal_projector.state_dict())
 
+    def placeholders(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Where the image placeholders are: of ids `[B, L]`, or of embeddings `[B, L, D]` without ids; bool `[B, L]`."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
     def tokens_per_group(self, patch_mask: torch.Tensor) -> list[int]:
         """Tokens that each group yields: its patches, and the CLS token where it is kept. `patch_mask [G, P]`."""
         return (patch_mask.sum(-1) + self.config.extra_tokens_per_group).tolist()
@@ -250,11 +259,7 @@ class BackdropModel(BackdropPreTrainedModel):
         image_embeds: torch.Tensor | None,
     ) -> torch.Tensor:
         """`inputs_embeds [B, L, D]` with `image_embeds [sum n_g, D]` where the placeholders are."""
-        if input_ids is None:
-            token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-            is_image = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-        else:
-            is_image = (input_ids == self.config.image_token_id).to(inputs_embeds.device)
+        is_image = self.placeholders(input_ids, inputs_embeds).to(inputs_embeds.device)
         if image_embeds is None:
             # A single position is a decoding step: a generated placeholder is text, as in LLaVA.
             if input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():

@@ -10,7 +10,7 @@ from .cache_keys_backdrop import in_namespace, prefix_run_key
 from .group_features_backdrop import EncodedGroups, group_features
 from .prefix_pass_backdrop import load_background_prefix
 from .prefix_rules_backdrop import may_load_prefix
-from .prompt_layout_backdrop import PromptBatch, prompt_rows, rows_of_groups
+from .prompt_layout_backdrop import PromptBatch, prompt_rows, rows_of_groups, unseen_tokens
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def prefill_images(
     Args:
         model: the `BackdropModel`.
         plan: see `plan_prefill`.
-        encoded: the groups of all rows, in order.
+        encoded: the groups of all rows, in order; where some positions are cached, all of them or those not cached yet.
         past_key_values: the cache of this generation, filled where it is empty and a prefix is known.
 
     Returns:
@@ -67,11 +67,10 @@ def prefill_images(
     """
     prompt, cached = plan.prompt, plan.cached
     is_image = prompt.input_ids == model.config.image_token_id
-    rows = rows_of_groups(prompt.input_ids, model.config.image_token_id, encoded.lengths)
+    rows, first = rows_of_groups(prompt.input_ids, model.config.image_token_id, encoded.lengths, cached)
     if plan.run_key is not None:
         cached = _load_prefix(model, prompt, plan.run_key, rows, encoded, past_key_values)
-    features = _unseen_features(encoded.features, rows, is_image[:, :cached])
-    return cached, torch.cat(features) if features else None
+    return cached, unseen_tokens(encoded.features, rows, is_image[:, first:cached])
 
 
 def prefill_inputs(
@@ -136,17 +135,3 @@ def _load_prefix(
         return 0
     load_background_prefix(model, prefix, past_key_values, run_key)
     return prefix.length
-
-
-def _unseen_features(
-    features: list[torch.Tensor], rows: list[tuple[int, ...]], seen_placeholders: torch.Tensor
-) -> list[torch.Tensor]:
-    """Row by row, the vision tokens without those whose placeholders are cached (`seen_placeholders [B, c]` bool)."""
-    unseen = []
-    for groups, seen in zip(rows, seen_placeholders.sum(-1).tolist(), strict=True):
-        for g in groups:
-            skip = min(seen, features[g].shape[0])
-            seen -= skip
-            if skip < features[g].shape[0]:
-                unseen.append(features[g][skip:])
-    return unseen
