@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from .configuration_backdrop import BACKGROUND
+from .configuration_backdrop import BACKGROUND, VisionFeatures
 from .host_copies_backdrop import host_copies
 from .weights_fingerprint_backdrop import DIGEST_BYTES
 
@@ -68,9 +68,10 @@ def prefix_key(
     )
 
 
-def tokens_run_key(model) -> bytes:
-    """How a `BackdropModel` makes vision tokens of backgrounds: weights and settings."""
-    return _run_key(model, model.vision_modules(BACKGROUND))
+def tokens_run_key(model, vision_features: VisionFeatures) -> bytes:
+    """How a `BackdropModel` makes vision tokens of backgrounds: weights, settings, and which of the tower's states."""
+    settings = (vision_features.layers, vision_features.strategy)
+    return joined_key(repr(settings).encode(), _run_key(model, model.vision_modules(BACKGROUND)))
 
 
 def prefix_run_key(model) -> bytes:
@@ -106,8 +107,6 @@ def _run_key(model, modules: Sequence[nn.Module]) -> bytes:
     settings = (
         config.vision_config._attn_implementation,
         config.text_config._attn_implementation,
-        config.feature_layers,
-        config.vision_feature_select_strategy,
         config.prefusion_rotary,
         config.masked_attention,
         str(model.dtype),

@@ -44,6 +44,8 @@ class BackdropGenerationMixin(GenerationMixin):
         group_kind=None,
         group_index=None,
         image_embeds=None,
+        vision_feature_layer=None,
+        vision_feature_select_strategy=None,
         **kwargs,
     ):
         """Encodes the images once, at the first step, and feeds the vision tokens that are not cached yet.
@@ -61,7 +63,8 @@ class BackdropGenerationMixin(GenerationMixin):
             load = not wants_all_states and inputs_embeds is None
             prompt = PromptBatch(prompt_ids, attention_mask, kwargs.get("position_ids"))
             plan = plan_prefill(self.model, prompt, past_key_values, seen, load)
-            encoded = group_features(self.model, pixel_values, patch_mask, group_kind)
+            features = self.config.vision_features(vision_feature_layer, vision_feature_select_strategy)
+            encoded = group_features(self.model, pixel_values, patch_mask, group_kind, features)
             if group_index is not None:
                 encoded = encoded.select(group_index.tolist())
             cached, image_embeds = prefill_images(self.model, plan, encoded, past_key_values)
@@ -98,6 +101,8 @@ class BackdropGenerationMixin(GenerationMixin):
         patch_mask: torch.Tensor | None = None,
         group_kind: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
     ) -> dict:
         """Inputs for `forward` with everything that the background cache knows already in them.
 
@@ -116,7 +121,8 @@ class BackdropGenerationMixin(GenerationMixin):
             ValueError: the groups do not fit the model or the placeholders.
         """
         prompt = PromptBatch(input_ids, attention_mask, position_ids)
-        return prefill_inputs(self.model, prompt, pixel_values, patch_mask, group_kind)
+        features = self.config.vision_features(vision_feature_layer, vision_feature_select_strategy)
+        return prefill_inputs(self.model, prompt, pixel_values, patch_mask, group_kind, features)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs
@@ -130,7 +136,15 @@ class BackdropGenerationMixin(GenerationMixin):
             past_key_values = model_kwargs.get("past_key_values")
             cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         if expand_size > 1 and pixel_values is not None:
-            rows = self._rows_for_expansion(prompt_ids, pixel_values, visual.get("patch_mask"), cached)
+            features = self.config.vision_features(
+                model_kwargs.get("vision_feature_layer"), model_kwargs.get("vision_feature_select_strategy")
+            )
+            patch_mask, groups = visual.get("patch_mask"), pixel_values.shape[0]
+            patches = (
+                [self.config.num_patches] * groups if patch_mask is None else patch_mask.sum(-1).tolist()
+            )
+            tokens = [count + features.extra_tokens for count in patches]
+            rows, _ = rows_of_groups(prompt_ids, self.config.image_token_id, tokens, cached)
             order = [g for row in rows for _ in range(expand_size) for g in row]
             visual["group_index"] = torch.tensor(order, device=pixel_values.device)
         if expand_size > 1 and image_embeds is not None:
@@ -150,14 +164,6 @@ class BackdropGenerationMixin(GenerationMixin):
             return input_ids
         is_image = self.model.placeholders(None, inputs_embeds)
         return torch.where(is_image, self.config.image_token_id, -1)
-
-    def _rows_for_expansion(self, prompt_ids, pixel_values, patch_mask, cached: int) -> list[tuple[int, ...]]:
-        """Which groups belong to which row, see `rows_of_groups`."""
-        if patch_mask is None:
-            tokens = [self.config.num_patches + self.config.extra_tokens_per_group] * pixel_values.shape[0]
-        else:
-            tokens = self.model.tokens_per_group(patch_mask)
-        return rows_of_groups(prompt_ids, self.config.image_token_id, tokens, cached)[0]
 
     def _vision_tokens_by_row(
         self, prompt_ids, image_embeds, cached: int

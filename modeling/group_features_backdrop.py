@@ -14,7 +14,7 @@ from transformers.utils import logging
 from .background_cache_backdrop import BackgroundCache
 from .cache_keys_backdrop import content_keys, in_namespace, tokens_run_key
 from .cache_tiers_backdrop import synchronized_clock
-from .configuration_backdrop import BACKGROUND, OBJECT, BackdropConfig
+from .configuration_backdrop import BACKGROUND, OBJECT, BackdropConfig, VisionFeatures
 from .grouped_vision_backdrop import encode_groups
 from .host_copies_backdrop import host_copies, to_device
 
@@ -23,14 +23,23 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class PatchGroups:
-    """Groups that were checked: `pixel_values [G, 3, S, S]`; on the CPU `patch_mask [G, P]` bool; the kind of each."""
+    """Groups that were checked, and what is wanted of them.
+
+    `pixel_values [G, 3, S, S]`; on the CPU `patch_mask [G, P]` bool; the kind of each; the tower's states to take.
+    """
 
     pixel_values: torch.Tensor
     patch_mask: torch.Tensor
     kinds: tuple[int, ...]
+    vision_features: VisionFeatures
 
     def __len__(self) -> int:
         return len(self.kinds)
+
+    @property
+    def lengths(self) -> list[int]:
+        """n_g: tokens of each group."""
+        return (self.patch_mask.sum(-1) + self.vision_features.extra_tokens).tolist()
 
     def select(self, indices: Sequence[int]) -> "PatchGroups":
         """Some of the groups, in the order of `indices`."""
@@ -39,7 +48,8 @@ class PatchGroups:
             pixel_values = self.pixel_values[first : first + len(indices)]  # a view, not a copy
         else:
             pixel_values = self.pixel_values[to_device(index, self.pixel_values.device)]
-        return PatchGroups(pixel_values, self.patch_mask[index], tuple(self.kinds[g] for g in indices))
+        kinds = tuple(self.kinds[g] for g in indices)
+        return PatchGroups(pixel_values, self.patch_mask[index], kinds, self.vision_features)
 
 
 @dataclass(frozen=True)
@@ -73,17 +83,19 @@ def group_features(
     pixel_values: torch.Tensor,
     patch_mask: torch.Tensor | None = None,
     group_kind: torch.Tensor | None = None,
+    vision_features: VisionFeatures | None = None,
 ) -> EncodedGroups:
     """Vision tokens of groups, those of backgrounds from the cache where it is in use and has them.
 
     Args:
         model: the `BackdropModel`.
         pixel_values, patch_mask, group_kind: see `BackdropModel.get_image_features`.
+        vision_features: the tower's states to take; None: the model's own.
 
     Raises:
         ValueError: the groups do not fit the model, see `check_groups`.
     """
-    groups = check_groups(model.config, pixel_values, patch_mask, group_kind)
+    groups = check_groups(model.config, pixel_values, patch_mask, group_kind, vision_features)
     cache = model.cache_in_use
     if cache is None:
         features, keys = encode_by_kind(model, groups), [None] * len(groups)
@@ -99,6 +111,7 @@ def check_groups(
     pixel_values: torch.Tensor,
     patch_mask: torch.Tensor | None,
     group_kind: torch.Tensor | None,
+    vision_features: VisionFeatures | None = None,
 ) -> PatchGroups:
     """The groups with their defaults filled in; see `BackdropModel.get_image_features`.
 
@@ -126,7 +139,7 @@ def check_groups(
             "This model was not finetuned on patch groups, and an image was split into background and objects: "
             "answers may be worse than on the whole image. Finetune it with a Backdrop recipe."
         )
-    return PatchGroups(pixel_values, patch_mask, tuple(kinds))
+    return PatchGroups(pixel_values, patch_mask, tuple(kinds), vision_features or config.vision_features())
 
 
 def encode_by_kind(
@@ -179,12 +192,12 @@ def _encode_alike(model, groups: PatchGroups, kind: int, layers_pass=None) -> li
         tower,
         groups.pixel_values,
         groups.patch_mask if masked else torch.ones_like(groups.patch_mask),
-        config.vision_feature_layer,
-        config.vision_feature_select_strategy,
+        list(groups.vision_features.layers),
+        groups.vision_features.strategy,
         layers_pass,
     )
     if not masked:
-        kept = nn.functional.pad(groups.patch_mask, (config.extra_tokens_per_group, 0), value=True)
+        kept = nn.functional.pad(groups.patch_mask, (groups.vision_features.extra_tokens, 0), value=True)
         owned = [to_device(mask.nonzero().squeeze(-1), states[0].device) for mask in kept]
         states = [state[index] for state, index in zip(states, owned, strict=True)]
     return list(projector(torch.cat(states)).split([state.shape[0] for state in states]))
@@ -198,11 +211,11 @@ def _encode_with_cache(
     # Offloaded weights are on "meta", where no tensor can be read.
     devices = [torch.device("cpu") if device.type == "meta" else device]
     backgrounds = [g for g, kind in enumerate(groups.kinds) if kind == BACKGROUND]
-    run_key = tokens_run_key(model)
+    run_key = tokens_run_key(model, groups.vision_features)
     context = in_namespace(model, run_key)
     hashed = content_keys(groups.pixel_values, groups.patch_mask, backgrounds, context)
     keys = [hashed.get(g) for g in range(len(groups))]
-    tokens = model.tokens_per_group(groups.patch_mask)
+    tokens = groups.lengths
     known: dict[bytes, torch.Tensor | None] = {}  # None: being encoded
     to_encode, reused = [], 0
     for g, key in enumerate(keys):

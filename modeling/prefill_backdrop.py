@@ -7,6 +7,7 @@ from transformers import Cache, DynamicCache
 
 from .background_prefix_backdrop import background_prefix
 from .cache_keys_backdrop import in_namespace, prefix_run_key
+from .configuration_backdrop import VisionFeatures
 from .group_features_backdrop import EncodedGroups, group_features
 from .prefix_pass_backdrop import load_background_prefix
 from .prefix_rules_backdrop import may_load_prefix
@@ -79,6 +80,7 @@ def prefill_inputs(
     pixel_values: torch.Tensor | None,
     patch_mask: torch.Tensor | None,
     group_kind: torch.Tensor | None,
+    vision_features: VisionFeatures,
 ) -> dict:
     """Inputs of `forward` for a whole prompt; see `BackdropGenerationMixin.prepare_prefill`."""
     input_ids, attention_mask, position_ids = prompt.input_ids, prompt.attention_mask, prompt.position_ids
@@ -90,7 +92,7 @@ def prefill_inputs(
     past_key_values, image_embeds, cached = DynamicCache(config=model.config.text_config), None, 0
     if pixel_values is not None:
         plan = plan_prefill(model, PromptBatch(input_ids, attention_mask, position_ids), past_key_values)
-        encoded = group_features(model, pixel_values, patch_mask, group_kind)
+        encoded = group_features(model, pixel_values, patch_mask, group_kind, vision_features)
         cached, image_embeds = prefill_images(model, plan, encoded, past_key_values)
     return {
         "input_ids": input_ids[:, cached:],
