@@ -51,38 +51,36 @@ def prefix_modules(model) -> list[nn.Module]:
 
 def group_adapters(
     model,
-    input_ids: torch.Tensor | None,
-    num_groups: int,
-    patch_mask: torch.Tensor | None,
+    input_ids: torch.Tensor,
+    tokens_per_group: list[int],
+    cached: int = 0,
     group_index: torch.Tensor | None = None,
 ) -> list[str] | None:
     """The adapter of each group's row, None where the call names none for the vision modules.
 
     Args:
         model: the `BackdropModel`.
-        input_ids: `[B, L]`, None: it cannot be told whose the groups are.
-        num_groups: `G`.
-        patch_mask: `[G, P]` bool; None: every group owns every patch.
+        input_ids: `[B, L]`.
+        tokens_per_group: of the `G` groups.
+        cached: positions of each row that are cached.
         group_index: `[G']`, which group each of the expanded rows' groups is; None: rows were not expanded.
 
     Raises:
         ValueError: the names are not one for each row, or the groups do not fit the placeholders.
     """
     names = row_adapters(*vision_modules(model))
-    if names is None or input_ids is None:
+    if names is None:
         return None
     if len(names) != input_ids.shape[0]:
         raise ValueError(
             f"adapter_names has {len(names)} names for {input_ids.shape[0]} rows; wanted one each."
         )
-    if patch_mask is None:
-        tokens = [model.config.num_patches + model.config.extra_tokens_per_group] * num_groups
-    else:
-        tokens = model.tokens_per_group(patch_mask)
-    order = list(range(num_groups)) if group_index is None else group_index.tolist()
-    rows = rows_of_groups(input_ids, model.config.image_token_id, [tokens[g] for g in order])
+    groups = len(tokens_per_group)
+    order = list(range(groups)) if group_index is None else group_index.tolist()
+    lengths = [tokens_per_group[g] for g in order]
+    rows, _ = rows_of_groups(input_ids, model.config.image_token_id, lengths, cached)
     of_group = {order[k]: name for name, row in zip(names, rows, strict=True) for k in row}
-    return [of_group[g] for g in range(num_groups)]
+    return [of_group[g] for g in range(groups)]
 
 
 @contextlib.contextmanager

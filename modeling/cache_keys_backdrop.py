@@ -17,7 +17,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .adapter_rows_backdrop import prefix_modules
-from .configuration_backdrop import BACKGROUND
+from .configuration_backdrop import BACKGROUND, VisionFeatures
 from .host_copies_backdrop import host_copies
 from .module_state_backdrop import code_digest
 from .weights_fingerprint_backdrop import DIGEST_BYTES
@@ -79,9 +79,14 @@ def prefix_key(
     )
 
 
-def tokens_run_key(model) -> bytes | None:
-    """How a `BackdropModel` makes vision tokens of backgrounds: weights and settings; None: that cannot be told."""
-    return _run_key(model, model.vision_modules(BACKGROUND))
+def tokens_run_key(model, vision_features: VisionFeatures) -> bytes | None:
+    """How a `BackdropModel` makes vision tokens of backgrounds: weights, settings, and which of the tower's states.
+
+    None: that cannot be told.
+    """
+    key = _run_key(model, model.vision_modules(BACKGROUND))
+    settings = (vision_features.layers, vision_features.strategy)
+    return None if key is None else joined_key(repr(settings).encode(), key)
 
 
 def prefix_run_key(model) -> bytes | None:
@@ -122,8 +127,6 @@ def _run_key(model, modules: Sequence[nn.Module]) -> bytes | None:
     settings = (
         *_attention(config.vision_config),
         *_attention(config.text_config),
-        config.feature_layers,
-        config.vision_feature_select_strategy,
         config.prefusion_rotary,
         config.masked_attention,
         str(model.dtype),

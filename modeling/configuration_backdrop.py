@@ -1,5 +1,7 @@
 """Configuration of Backdrop, a LLaVA-style model whose image patches come in groups."""
 
+from dataclasses import dataclass
+
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 # The two group kinds, the values of `group_kind`.
@@ -8,6 +10,21 @@ BACKGROUND, OBJECT = 0, 1
 TOWER_PREFIX_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1}
 # LLaVA-1.5 pads Llama's 32,000 embedding rows so that the placeholder fits.
 DEFAULT_TEXT = {"model_type": "llama", "vocab_size": 32064}
+
+
+@dataclass(frozen=True)
+class VisionFeatures:
+    """Which of a tower's states become vision tokens.
+
+    Attributes:
+        layers: indices into the tower's hidden states, concatenated on the width.
+        strategy: "default" drops the CLS token of each group, "full" keeps it.
+        extra_tokens: tokens that a group yields beyond its patches (the CLS token, when it is kept).
+    """
+
+    layers: tuple[int, ...]
+    strategy: str
+    extra_tokens: int
 
 
 class BackdropConfig(PreTrainedConfig):
@@ -95,19 +112,7 @@ class BackdropConfig(PreTrainedConfig):
             raise ValueError(
                 f"vision_config.model_type is {tower!r}; groups can be encoded apart by {sorted(TOWER_PREFIX_TOKENS)}."
             )
-        if self.vision_feature_select_strategy not in ("default", "full"):
-            raise ValueError(
-                f"vision_feature_select_strategy is {self.vision_feature_select_strategy!r}; wanted 'default' or 'full'."
-            )
-        if self.vision_feature_select_strategy == "default" and TOWER_PREFIX_TOKENS[tower] == 0:
-            raise ValueError(
-                f"vision_feature_select_strategy='default' drops the CLS token, which {tower!r} does not have; "
-                "wanted 'full'."
-            )
-        depth = self.vision_config.num_hidden_layers
-        for layer in self.feature_layers:
-            if not -depth - 1 <= layer <= depth:
-                raise ValueError(f"vision_feature_layer is {layer}; the tower has {depth} layers.")
+        self.vision_features()
         if self.num_prefusion_layers < 0:
             raise ValueError(f"num_prefusion_layers is {self.num_prefusion_layers}; wanted 0 or more.")
         if self.separator_token_ids is not None and len(self.separator_token_ids) != 4:
@@ -115,10 +120,10 @@ class BackdropConfig(PreTrainedConfig):
                 f"separator_token_ids has {len(self.separator_token_ids)} ids; wanted the 4 of "
                 "[BG_START], [BG_END], [OBJ_START], [OBJ_END]."
             )
-        if self.raster_order and (self.separator_token_ids is not None or self.extra_tokens_per_group):
+        if self.raster_order and self.separator_token_ids is not None:
             raise ValueError(
-                "raster_order is True, but there are separators or CLS tokens, which have no place in the grid; wanted "
-                "a model without them."
+                "raster_order is True, but there are separators, which have no place in the grid; wanted a model without "
+                "them."
             )
         vocab_size = self.text_config.vocab_size
         for name, token_id in self.special_token_ids.items():
@@ -127,6 +132,46 @@ class BackdropConfig(PreTrainedConfig):
                     f"{name} has the token id {token_id}, but the embedding table has {vocab_size} rows: "
                     "it is too small for its tokenizer. Resize the token embeddings and save the model again."
                 )
+
+    def vision_features(
+        self,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+    ) -> VisionFeatures:
+        """The model's own choice of features, or, as LLaVA's `forward` takes it, that of one call.
+
+        Args:
+            vision_feature_layer, vision_feature_select_strategy: None: as in this configuration.
+
+        Raises:
+            ValueError: names the field, its value and what was wanted.
+        """
+        tower, depth = self.vision_config.model_type, self.vision_config.num_hidden_layers
+        layer = self.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        layers = (layer,) if isinstance(layer, int) else tuple(layer)
+        strategy = vision_feature_select_strategy or self.vision_feature_select_strategy
+        if strategy not in ("default", "full"):
+            raise ValueError(f"vision_feature_select_strategy is {strategy!r}; wanted 'default' or 'full'.")
+        if strategy == "default" and TOWER_PREFIX_TOKENS[tower] == 0:
+            raise ValueError(
+                f"vision_feature_select_strategy='default' drops the CLS token, which {tower!r} does not have; "
+                "wanted 'full'."
+            )
+        for index in layers:
+            if not -depth - 1 <= index <= depth:
+                raise ValueError(f"vision_feature_layer is {index}; the tower has {depth} layers.")
+        if len(layers) != len(self.feature_layers):
+            raise ValueError(
+                f"vision_feature_layer is {list(layers)}; wanted {len(self.feature_layers)}, as many as the model's "
+                "projector takes."
+            )
+        extra_tokens = TOWER_PREFIX_TOKENS[tower] if strategy == "full" else 0
+        if self.raster_order and extra_tokens:
+            raise ValueError(
+                "raster_order is True, but the CLS token, which has no place in the grid, is kept; wanted "
+                "vision_feature_select_strategy 'default'."
+            )
+        return VisionFeatures(layers, strategy, extra_tokens)
 
     @property
     def feature_layers(self) -> list[int]:
@@ -151,9 +196,7 @@ class BackdropConfig(PreTrainedConfig):
     @property
     def extra_tokens_per_group(self) -> int:
         """Tokens that a group yields beyond its patches (the CLS token, when it is kept)."""
-        if self.vision_feature_select_strategy == "default":
-            return 0
-        return TOWER_PREFIX_TOKENS[self.vision_config.model_type]
+        return self.vision_features().extra_tokens
 
 
 def _sub_config(value: dict | PreTrainedConfig | None, name: str, default_type: str) -> PreTrainedConfig:

@@ -15,7 +15,7 @@ from .adapter_rows_backdrop import one_adapter, row_adapters, vision_modules
 from .background_cache_backdrop import BackgroundCache
 from .cache_keys_backdrop import content_keys, in_namespace, tokens_run_key
 from .cache_tiers_backdrop import synchronized_clock
-from .configuration_backdrop import BACKGROUND, OBJECT, BackdropConfig
+from .configuration_backdrop import BACKGROUND, OBJECT, BackdropConfig, VisionFeatures
 from .grouped_vision_backdrop import encode_groups
 from .host_copies_backdrop import host_copies, to_device
 
@@ -24,14 +24,23 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class PatchGroups:
-    """Groups that were checked: `pixel_values [G, 3, S, S]`; on the CPU `patch_mask [G, P]` bool; the kind of each."""
+    """Groups that were checked, and what is wanted of them.
+
+    `pixel_values [G, 3, S, S]`; on the CPU `patch_mask [G, P]` bool; the kind of each; the tower's states to take.
+    """
 
     pixel_values: torch.Tensor
     patch_mask: torch.Tensor
     kinds: tuple[int, ...]
+    vision_features: VisionFeatures
 
     def __len__(self) -> int:
         return len(self.kinds)
+
+    @property
+    def lengths(self) -> list[int]:
+        """n_g: tokens of each group."""
+        return (self.patch_mask.sum(-1) + self.vision_features.extra_tokens).tolist()
 
     def select(self, indices: Sequence[int]) -> "PatchGroups":
         """Some of the groups, in the order of `indices`."""
@@ -40,7 +49,8 @@ class PatchGroups:
             pixel_values = self.pixel_values[first : first + len(indices)]  # a view, not a copy
         else:
             pixel_values = self.pixel_values[to_device(index, self.pixel_values.device)]
-        return PatchGroups(pixel_values, self.patch_mask[index], tuple(self.kinds[g] for g in indices))
+        kinds = tuple(self.kinds[g] for g in indices)
+        return PatchGroups(pixel_values, self.patch_mask[index], kinds, self.vision_features)
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,7 @@ def group_features(
     pixel_values: torch.Tensor,
     patch_mask: torch.Tensor | None = None,
     group_kind: torch.Tensor | None = None,
+    vision_features: VisionFeatures | None = None,
     adapters: list[str] | None = None,
 ) -> EncodedGroups:
     """Vision tokens of groups, those of backgrounds from the cache where it is in use and has them.
@@ -88,12 +99,13 @@ def group_features(
     Args:
         model: the `BackdropModel`.
         pixel_values, patch_mask, group_kind: see `BackdropModel.get_image_features`.
+        vision_features: the tower's states to take; None: the model's own.
         adapters: peft's adapter of each group, see `group_adapters`; None: the call names none.
 
     Raises:
         ValueError: the groups do not fit the model, see `check_groups`.
     """
-    groups = check_groups(model.config, pixel_values, patch_mask, group_kind)
+    groups = check_groups(model.config, pixel_values, patch_mask, group_kind, vision_features)
     features: list = [None] * len(groups)
     keys: list[bytes | None] = [None] * len(groups)
     for adapter in [None] if adapters is None else sorted(set(adapters)):
@@ -113,6 +125,7 @@ def check_groups(
     pixel_values: torch.Tensor,
     patch_mask: torch.Tensor | None,
     group_kind: torch.Tensor | None,
+    vision_features: VisionFeatures | None = None,
 ) -> PatchGroups:
     """The groups with their defaults filled in; see `BackdropModel.get_image_features`.
 
@@ -140,7 +153,7 @@ def check_groups(
             "This model was not finetuned on patch groups, and an image was split into background and objects: "
             "answers may be worse than on the whole image. Finetune it with a Backdrop recipe."
         )
-    return PatchGroups(pixel_values, patch_mask, tuple(kinds))
+    return PatchGroups(pixel_values, patch_mask, tuple(kinds), vision_features or config.vision_features())
 
 
 def encode_by_kind(
@@ -193,12 +206,12 @@ def _encode_alike(model, groups: PatchGroups, kind: int, layers_pass=None) -> li
         tower,
         groups.pixel_values,
         groups.patch_mask if masked else torch.ones_like(groups.patch_mask),
-        config.vision_feature_layer,
-        config.vision_feature_select_strategy,
+        list(groups.vision_features.layers),
+        groups.vision_features.strategy,
         layers_pass,
     )
     if not masked:
-        kept = nn.functional.pad(groups.patch_mask, (config.extra_tokens_per_group, 0), value=True)
+        kept = nn.functional.pad(groups.patch_mask, (groups.vision_features.extra_tokens, 0), value=True)
         owned = [to_device(mask.nonzero().squeeze(-1), states[0].device) for mask in kept]
         states = [state[index] for state, index in zip(states, owned, strict=True)]
     return list(projector(torch.cat(states)).split([state.shape[0] for state in states]))
@@ -209,7 +222,7 @@ def _encode(model, groups: PatchGroups, adapter: str | None) -> tuple[list[torch
     cache = model.cache_in_use
     if adapter is None and cache is not None and row_adapters(*vision_modules(model)) is not None:
         cache = None  # peft has names for a batch of the tower's own making, and they are nobody's
-    run_key = None if cache is None else tokens_run_key(model)
+    run_key = None if cache is None else tokens_run_key(model, groups.vision_features)
     if cache is None or run_key is None:
         return encode_by_kind(model, groups), [None] * len(groups)
     return _encode_with_cache(model, groups, cache, run_key, adapter)
@@ -228,7 +241,7 @@ def _encode_with_cache(
     objects = [g for g, kind in enumerate(groups.kinds) if kind != BACKGROUND]
     context = in_namespace(model, run_key, adapter)
     hashed = content_keys(groups.pixel_values, groups.patch_mask, backgrounds, context)
-    tokens = model.tokens_per_group(groups.patch_mask)
+    tokens = groups.lengths
     known: dict[bytes, torch.Tensor] = {}
     computed = sum(tokens[g] for g in objects)
     for g, key in hashed.items():

@@ -8,10 +8,11 @@ from transformers import Cache, DynamicCache
 from .adapter_rows_backdrop import prefix_modules, row_adapters
 from .background_prefix_backdrop import background_prefix
 from .cache_keys_backdrop import in_namespace, prefix_run_key
+from .configuration_backdrop import VisionFeatures
 from .group_features_backdrop import EncodedGroups, group_features
 from .prefix_pass_backdrop import load_background_prefix
 from .prefix_rules_backdrop import may_load_prefix
-from .prompt_layout_backdrop import PromptBatch, prompt_rows, rows_of_groups
+from .prompt_layout_backdrop import PromptBatch, prompt_rows, rows_of_groups, unseen_tokens
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def prefill_images(
     Args:
         model: the `BackdropModel`.
         plan: see `plan_prefill`.
-        encoded: the groups of all rows, in order.
+        encoded: the groups of all rows, in order; where some positions are cached, all of them or those not cached yet.
         past_key_values: the cache of this generation, filled where it is empty and a prefix is known.
 
     Returns:
@@ -68,11 +69,10 @@ def prefill_images(
     """
     prompt, cached = plan.prompt, plan.cached
     is_image = prompt.input_ids == model.config.image_token_id
-    rows = rows_of_groups(prompt.input_ids, model.config.image_token_id, encoded.lengths)
+    rows, first = rows_of_groups(prompt.input_ids, model.config.image_token_id, encoded.lengths, cached)
     if plan.run_key is not None and encoded.are_keyed:
         cached = _load_prefix(model, prompt, plan.run_key, rows, encoded, past_key_values)
-    features = _unseen_features(encoded.features, rows, is_image[:, :cached])
-    return cached, torch.cat(features) if features else None
+    return cached, unseen_tokens(encoded.features, rows, is_image[:, first:cached])
 
 
 def prefill_inputs(
@@ -81,6 +81,7 @@ def prefill_inputs(
     pixel_values: torch.Tensor | None,
     patch_mask: torch.Tensor | None,
     group_kind: torch.Tensor | None,
+    vision_features: VisionFeatures,
 ) -> dict:
     """Inputs of `forward` for a whole prompt; see `BackdropGenerationMixin.prepare_prefill`."""
     input_ids, attention_mask, position_ids = prompt.input_ids, prompt.attention_mask, prompt.position_ids
@@ -92,7 +93,7 @@ def prefill_inputs(
     past_key_values, image_embeds, cached = DynamicCache(config=model.config.text_config), None, 0
     if pixel_values is not None:
         plan = plan_prefill(model, PromptBatch(input_ids, attention_mask, position_ids), past_key_values)
-        encoded = group_features(model, pixel_values, patch_mask, group_kind)
+        encoded = group_features(model, pixel_values, patch_mask, group_kind, vision_features)
         cached, image_embeds = prefill_images(model, plan, encoded, past_key_values)
     return {
         "input_ids": input_ids[:, cached:],
@@ -141,17 +142,3 @@ def _load_prefix(
         return 0
     load_background_prefix(model, prefix, past_key_values, run_key)
     return prefix.length
-
-
-def _unseen_features(
-    features: list[torch.Tensor], rows: list[tuple[int, ...]], seen_placeholders: torch.Tensor
-) -> list[torch.Tensor]:
-    """Row by row, the vision tokens without those whose placeholders are cached (`seen_placeholders [B, c]` bool)."""
-    unseen = []
-    for groups, seen in zip(rows, seen_placeholders.sum(-1).tolist(), strict=True):
-        for g in groups:
-            skip = min(seen, features[g].shape[0])
-            seen -= skip
-            if skip < features[g].shape[0]:
-                unseen.append(features[g][skip:])
-    return unseen
