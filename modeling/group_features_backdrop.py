@@ -136,6 +136,10 @@ def check_groups(
     if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, side, side):
         raise ValueError(f"pixel_values is {tuple(pixel_values.shape)}; wanted (groups, 3, {side}, {side}).")
     groups = pixel_values.shape[0]
+    if not groups:
+        raise ValueError(
+            "pixel_values has 0 groups; wanted at least one, or no pixel_values for a prompt without images."
+        )
     patch_mask, group_kind = host_copies([patch_mask, group_kind])
     if patch_mask is None:
         patch_mask = torch.ones(groups, patches, dtype=torch.bool)

@@ -10,13 +10,14 @@ import contextvars
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers.utils import logging
 
 from .background_tracking_backdrop import BackgroundTracker
 from .matches_backdrop import Match, MatchReport
+from .option_checks_backdrop import check_flag, check_number, check_path, check_whole_number
 from .patch_groups_backdrop import pixel_mask
 from .reference_descriptors_backdrop import Candidate
 from .reference_store_backdrop import Reference, ReferenceStore
@@ -27,6 +28,17 @@ logger = logging.get_logger(__name__)
 MAX_COMPARISONS = 4  # references whose pixels are compared with one image
 SAMPLED_LINE = 4  # every fourth line of patches tells whether a full comparison can succeed
 TRACKED_REFERENCES = 16  # this many, the most recently matched, can improve
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """Of a thread or task. `namespace`: None: it has never opened one."""
+
+    namespace: str | None = None
+    bypass: bool = False
+
+
+_NO_SCOPE = _Scope()
 
 
 class BackgroundMatcher:
@@ -50,7 +62,7 @@ class BackgroundMatcher:
         observer: called with a `MatchReport` for every image, in the thread that asks; None: nobody is told.
 
     Raises:
-        ValueError: an option is out of its range.
+        ValueError: an option is of the wrong type or out of its range.
     """
 
     def __init__(
@@ -65,18 +77,17 @@ class BackgroundMatcher:
         refresh: bool = True,
         folder: str | None = None,
     ):
-        if not 0 <= tolerance <= 255:
-            raise ValueError(f"tolerance is {tolerance}; wanted grey levels from 0 to 255.")
-        if not 0 < min_reuse <= 1:
-            raise ValueError(f"min_reuse is {min_reuse}; wanted a share above 0, at most 1.")
-        if not 0 <= max_overridden <= 1:
-            raise ValueError(f"max_overridden is {max_overridden}; wanted a share from 0 to 1.")
+        check_number("tolerance", tolerance, "grey levels from 0 to 255", 0, 255)
+        check_number("min_reuse", min_reuse, "a share above 0, at most 1", 0, 1, above=True)
+        check_number("max_overridden", max_overridden, "a share from 0 to 1", 0, 1)
         if detect not in ("on_miss", "always"):
             raise ValueError(f"detect is {detect!r}; wanted 'on_miss' or 'always'.")
-        if max_references < 1:
-            raise ValueError(f"max_references is {max_references}; wanted 1 or more.")
-        if ttl is not None and ttl <= 0:
-            raise ValueError(f"ttl is {ttl}; wanted seconds above 0, or None.")
+        check_whole_number("max_references", max_references, "1 or more", 1)
+        if ttl is not None:
+            check_number("ttl", ttl, "seconds above 0, or None", 0, above=True)
+        check_flag("refresh", refresh)
+        if folder is not None:
+            check_path("folder", folder, "the path of a folder, or None for the system's temporary one")
         self.patch_size = patch_size
         self.tolerance = tolerance
         self.min_reuse = min_reuse
@@ -90,29 +101,60 @@ class BackgroundMatcher:
             ("matches", "misses", "refreshes", "expired", "patches_reused", "patches_fresh"), 0
         )
         self._lock = threading.Lock()
-        self._scope = contextvars.ContextVar("background_matching_scope", default=("", False))
+        self._scope = contextvars.ContextVar("background_matching_scope", default=_NO_SCOPE)
+        self._is_shared = False  # a named namespace has been opened
+
+    @property
+    def namespace(self) -> str:
+        """Namespace of the current scope; references never cross namespaces. "": the one of calls without a scope."""
+        return self._scope.get().namespace or ""
 
     @property
     def bypassed(self) -> bool:
-        """True inside `scope(bypass=True)`."""
-        return self._scope.get()[1]
+        """True inside `scope(bypass=True)`, and where it cannot be told whose an image is (see `scope`)."""
+        scope = self._scope.get()
+        if scope.namespace is None and self._is_shared and not scope.bypass:
+            logger.warning_once(
+                "Background matching is bypassed in a thread or task without a namespace, because named ones are in use. A "
+                "new thread does not inherit its starter's scope: open matcher.scope(namespace=...) in it, or start "
+                'contextvars.copy_context().run in it; matcher.scope(namespace="") is the namespace without a name.'
+            )
+            return True
+        return scope.bypass
 
     @contextlib.contextmanager
     def scope(self, namespace: str | None = None, bypass: bool | None = None):
         """Sets namespace and bypass for the calls made inside a `with` block, of this thread or task only.
 
+        Once a named namespace was opened, an image from a thread or task that never opened any is nobody's: it may belong
+        to a tenant whose scope did not reach the thread. It is split without matching, and a warning says so.
+
         Args:
-            namespace: whose references are used and added; None: as outside the block.
+            namespace: whose references are used and added, "": those without a name; None: as outside the block.
             bypass: True neither uses nor adds references; None: as outside the block.
+
+        Raises:
+            ValueError: `namespace` is no text, or `bypass` no bool.
         """
-        current = self._scope.get()
-        token = self._scope.set(
-            (current[0] if namespace is None else namespace, current[1] if bypass is None else bypass)
+        if not isinstance(namespace, str | None):
+            raise ValueError(f"namespace is {namespace!r}; wanted text.")
+        if not isinstance(bypass, bool | None):
+            raise ValueError(f"bypass is {bypass!r}; wanted True or False.")
+        outside = self._scope.get()
+        if namespace:
+            self._is_shared = True
+        self._scope.set(
+            _Scope(
+                outside.namespace if namespace is None else namespace,
+                outside.bypass if bypass is None else bypass,
+            )
         )
         try:
             yield self
         finally:
-            self._scope.reset(token)
+            # Who has left a namespace knows of namespaces: outside it means the one without a name.
+            left = "" if outside.namespace is None and namespace is not None else outside.namespace
+            self._scope.set(_Scope(left, outside.bypass))
 
     def match(self, image: np.ndarray) -> Match | None:
         """`find`, and `accept` what it found: the reference to use for uint8 `[S, S, 3]`, or None."""
@@ -127,7 +169,7 @@ class BackgroundMatcher:
         Args:
             image: uint8 `[S, S, 3]` at the model's geometry.
         """
-        namespace = self._scope.get()[0]
+        namespace = self.namespace
         with self._lock:
             self._counts["expired"] += self._store.remove_expired()
             candidates = self._store.candidates(namespace, image, self.tolerance)
@@ -262,7 +304,7 @@ class BackgroundMatcher:
     def add(self, image: np.ndarray, patch_mask: np.ndarray) -> None:
         """Remembers a background: a frame uint8 `[S, S, 3]` and the patches of it that are background, `[P]` bool."""
         with self._lock:
-            self._store.add(self._scope.get()[0], image, patch_mask)
+            self._store.add(self.namespace, image, patch_mask)
 
     def clear(self, namespace: str | None = None) -> None:
         """Forgets the references of a namespace, or of all with None; the counters stay."""
@@ -335,7 +377,7 @@ class BackgroundMatcher:
         fresh = ~(same & owned)
         if not match.refreshed and fresh.sum() >= match.fresh.sum():
             return match  # what it would have saved in earlier frames is not in this one
-        namespace = self._scope.get()[0]
+        namespace = self.namespace
         self._store.remove(old.reference_id)
         del self._trackers[old.reference_id]
         shown = np.where(pixel_mask(owned, image.shape[0], self.patch_size)[..., None], pixels, image)

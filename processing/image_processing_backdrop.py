@@ -16,10 +16,11 @@ from .detections_backdrop import Detections
 from .detector_backdrop import ObjectDetector
 from .detector_source_backdrop import DetectorSource
 from .image_geometry_backdrop import ImageGeometry
-from .image_loading_backdrop import load_image, rgb_picture, rgba_array, upright
+from .image_loading_backdrop import is_group, load_image, rgb_picture, rgba_array, upright
 from .image_options_backdrop import BackdropImagesKwargs, check_options
 from .image_splitting_backdrop import ImageSplitter, whole_image_group
-from .patch_groups_backdrop import METADATA_KEY, PatchGroup, looks_like_group, read_group
+from .lost_groups_backdrop import lost_group
+from .patch_groups_backdrop import METADATA_KEY, PatchGroup, read_group
 from .pixel_values_backdrop import pixel_values
 
 MAX_THREADS = 4  # that prepare the images of one call
@@ -68,6 +69,11 @@ class BackdropImageProcessor(PilBackend):
             margin=self.margin,
             min_coverage=self.min_coverage,
             patch_size=self.patch_size,
+            split=self.split,
+            overlap=self.overlap,
+            background_first=self.background_first,
+            classes=self.classes,
+            detector=self.detector,
         )
 
     # ---- geometry
@@ -120,7 +126,6 @@ class BackdropImageProcessor(PilBackend):
         return 0 if images is None else len(self._prepare_images_structure(images))
 
     def _preprocess_image_like_inputs(self, images, *args, return_tensors=None, **options) -> BatchFeature:
-        check_options(**options)
         images = self._prepare_images_structure(images)
         groups_per_image = self.image_groups(images, **options)
         groups = [group for image_groups in groups_per_image for group in image_groups]
@@ -163,11 +168,16 @@ class BackdropImageProcessor(PilBackend):
 
         def prepare(image) -> PatchGroup | np.ndarray:
             image = upright(image)
-            rgba = rgba_array(image)
-            if rgba is None or not looks_like_group(rgba):
-                return self._model_image(image, geometry, options)
-            metadata = image.info.get(METADATA_KEY) if isinstance(image, Image.Image) else None
-            return read_group(rgba, geometry.side, patch_size, geometry.name, metadata)
+            if is_group(image, geometry.side):
+                metadata = image.info.get(METADATA_KEY) if isinstance(image, Image.Image) else None
+                return read_group(rgba_array(image), geometry.side, patch_size, geometry.name, metadata)
+            lost = lost_group(image, geometry.side, patch_size)
+            if lost is not None:
+                raise ValueError(
+                    f"An image was a patch group once ({lost}); wanted it as it was made, RGBA of {geometry.side} x "
+                    f"{geometry.side} pixels in a lossless format, or the image that it was made from."
+                )
+            return self._model_image(image, geometry, options)
 
         if len(images) < 2:
             return [prepare(image) for image in images]
@@ -253,11 +263,16 @@ class BackdropImageProcessor(PilBackend):
     # ---- options
 
     def _with_defaults(self, options: dict) -> dict:
-        """All options of one call, in transformers' standard form; what is None there is the processor's own."""
+        """All options of one call, in transformers' standard form; what is None there is the processor's own.
+
+        Raises:
+            ValueError: one is of the wrong type or out of its range.
+        """
         complete = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
         complete.update(
             {name: value for name, value in options.items() if value is not None or name == "classes"}
         )
+        check_options(**complete)
         return self._standardize_kwargs(**complete)
 
     # ---- detector

@@ -32,6 +32,7 @@ from openai.types.chat import ChatCompletion
 from PIL import Image, ImageOps
 
 from backdrop.processing.image_loading_backdrop import array_to_image, load_image, rgb_array
+from backdrop.processing.patch_groups_backdrop import METADATA_KEY, save_group
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
 from .frames import Frame, FrameSplitter, SplitFrame
@@ -212,7 +213,12 @@ def _whole_frame(frame: Frame) -> dict:
     if image.mode not in ("RGB", "RGBA"):  # PNG has no CMYK and no floating-point pixels
         image = Image.fromarray(rgb_array(image))
     buffer = BytesIO()
-    image.save(buffer, format="PNG", compress_level=1)
+    if image.info.get(METADATA_KEY) is not None:
+        save_group(
+            image, buffer, compress_level=1
+        )  # the text is what tells a group from a picture with an alpha
+    else:
+        image.save(buffer, format="PNG", compress_level=1)
     return {
         "type": "image_url",
         "image_url": {"url": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()},

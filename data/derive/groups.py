@@ -9,16 +9,15 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset, Image
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
+from backdrop.processing.image_loading_backdrop import is_group
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.patch_groups_backdrop import (
     PatchGroup,
     group_to_image,
-    looks_like_group,
     save_group,
 )
 
@@ -80,11 +79,6 @@ def decoded(image: dict) -> PILImage.Image:
 def stored_bytes(image: dict) -> bytes:
     """The file as it is."""
     return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-
-
-def is_group(image: PILImage.Image) -> bool:
-    """Whether a picture is a patch group (contract 1)."""
-    return image.mode == "RGBA" and looks_like_group(np.asarray(image))
 
 
 def encoded(group: PatchGroup, processor: BackdropImageProcessor) -> dict:

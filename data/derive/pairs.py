@@ -18,6 +18,7 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image
 
+from backdrop.processing.image_loading_backdrop import is_group
 from backdrop.processing.matches_backdrop import MatchReport
 from backdrop.processing.patch_groups_backdrop import PatchGroup
 
@@ -28,7 +29,6 @@ from .groups import (
     about_processor,
     decoded,
     encoded,
-    is_group,
     processor_identity,
 )
 from .shards import Recipe, Shard

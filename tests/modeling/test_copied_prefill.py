@@ -61,7 +61,12 @@ def test_a_copy_of_what_was_run_goes_on(prefill, copied):
         mask = torch.cat([inputs["attention_mask"], torch.ones_like(step)], dim=-1)
         position = inputs["attention_mask"].sum(-1, keepdim=True)
         found = [
-            model(step, attention_mask=mask, position_ids=position, past_key_values=copied(first.past_key_values))
+            model(
+                step,
+                attention_mask=mask,
+                position_ids=position,
+                past_key_values=copied(first.past_key_values),
+            )
             for _ in range(2)
         ]
         expected = model(
@@ -79,13 +84,13 @@ def test_a_copy_holds_no_entry_and_no_lock(prefill):
     assert any(pins)
     branch = copy.deepcopy(prepared["past_key_values"])
     assert [entry.pins for entry in entries] == pins
-    lock, done = model.background_cache._lock, []
+    lock, done, release = model.background_cache._lock, [], branch.background_lease.release
     with lock:  # held here: releasing the copy's lease elsewhere does not wait for it
-        thread = threading.Thread(target=lambda: done.append(branch.background_lease.release()))
+        thread = threading.Thread(target=lambda: done.append(release()))
         thread.start()
         thread.join(5)
     assert done == [None]
-    del branch
+    branch = release = None
     assert [entry.pins for entry in entries] == pins
     del prepared
     assert not any(entry.pins for entry in entries)
