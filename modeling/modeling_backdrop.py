@@ -27,7 +27,7 @@ from .cache_access_backdrop import BackgroundCacheMixin
 from .captured_reuse_backdrop import run_language_model
 from .configuration_backdrop import BACKGROUND, OBJECT, BackdropConfig
 from .generation_backdrop import BackdropGenerationMixin
-from .group_features_backdrop import group_features
+from .group_features_backdrop import given_image_embeds, group_features
 from .prefix_pass_backdrop import release_background
 from .prefusion_backdrop import BackdropPrefusion
 from .strict_loading_backdrop import StrictLoadingMixin
@@ -183,6 +183,7 @@ class BackdropModel(BackdropPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         image_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        mm_encoder_outputs: dict | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> BackdropModelOutputWithPast | tuple:
@@ -194,6 +195,7 @@ class BackdropModel(BackdropPreTrainedModel):
             attention_mask: `[B, L]`, 0 at padding, or any form that the language model takes.
             position_ids: `[B, L]` or `[1, L]`; None: counted from what `past_key_values` holds.
             image_embeds: `[sum n_g, D]` vision tokens, given instead of pixels.
+            mm_encoder_outputs: the same as what `get_image_features` returned, under "image": transformers' form.
 
         Returns:
             `last_hidden_state [B, L, D]` and what the language model returns beside it.
@@ -204,15 +206,15 @@ class BackdropModel(BackdropPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if pixel_values is not None and image_embeds is not None:
-            raise ValueError("You cannot specify both pixel_values and image_embeds at the same time")
+        image_embeds = given_image_embeds(pixel_values, image_embeds, mm_encoder_outputs)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
             image_embeds = torch.cat(
                 self.get_image_features(pixel_values, patch_mask, group_kind, return_dict=True).pooler_output
             )
-        inputs_embeds = self._replace_placeholders(input_ids, inputs_embeds, image_embeds)
+        going_on = past_key_values is not None and past_key_values.get_seq_length() > 0
+        inputs_embeds = self._replace_placeholders(input_ids, inputs_embeds, image_embeds, going_on)
         if self.config.num_prefusion_layers:
             if past_key_values is None and (
                 self.config.text_config.use_cache if use_cache is None else use_cache
@@ -249,16 +251,20 @@ class BackdropModel(BackdropPreTrainedModel):
         input_ids: torch.LongTensor | None,
         inputs_embeds: torch.Tensor,
         image_embeds: torch.Tensor | None,
+        going_on: bool,
     ) -> torch.Tensor:
-        """`inputs_embeds [B, L, D]` with `image_embeds [sum n_g, D]` where the placeholders are."""
+        """`inputs_embeds [B, L, D]` with `image_embeds [sum n_g, D]` where the placeholders are.
+
+        Where a sequence is `going_on` without images, a placeholder is one that was generated or drafted: text, as in
+        LLaVA.
+        """
         if input_ids is None:
             token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             is_image = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
         else:
             is_image = (input_ids == self.config.image_token_id).to(inputs_embeds.device)
         if image_embeds is None:
-            # A single position is a decoding step: a generated placeholder is text, as in LLaVA.
-            if input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
+            if input_ids is not None and not going_on and not torch.compiler.is_compiling():
                 found = int(is_image.sum())
                 if found:
                     raise ValueError(
@@ -312,6 +318,7 @@ class BackdropForConditionalGeneration(BackdropPreTrainedModel, BackdropGenerati
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict | None = None,
         **kwargs,
     ) -> BackdropCausalLMOutputWithPast:
         """`BackdropModel.forward`, then the head.
@@ -336,6 +343,7 @@ class BackdropForConditionalGeneration(BackdropPreTrainedModel, BackdropGenerati
             inputs_embeds=inputs_embeds,
             image_embeds=image_embeds,
             use_cache=use_cache,
+            mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
             **kwargs,
         )
