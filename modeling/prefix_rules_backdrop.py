@@ -90,23 +90,24 @@ def _depends_on_length(rotary: nn.Module, last: int) -> bool:
 
     Dynamic NTK scaling and LongRoPE take other frequencies once a pass is longer than the model's original length.
     """
-    if getattr(rotary, "rope_type", None) in FIXED_ROTARY_TYPES:
+    kinds = getattr(rotary, "rope_type", None)
+    if (set(kinds.values()) if isinstance(kinds, dict) else {kinds}) <= FIXED_ROTARY_TYPES:
         return False
     # Some rotary modules keep the frequencies of their last pass: a copy is asked, with buffers of its own.
     trial = copy.copy(rotary)
-    trial._buffers = {name: None if b is None else b.clone() for name, b in rotary._buffers.items()}
-    device = next((b.device for b in trial._buffers.values() if b is not None), torch.device("cpu"))
-    versions = {name: b._version for name, b in trial._buffers.items() if b is not None}
-    like, angles = torch.zeros(1, 1, 1, device=device), []
-    try:
-        for positions in ([1], [1, last]):
-            found = type(rotary).forward(trial, like, torch.tensor([positions], device=device))
-            angles.append(torch.cat([part[:, :1] for part in found], dim=-1))
-        # Frequencies that every pass writes anew are other weights for each call, whose prefixes are never found again.
-        written = any(b is not None and b._version != versions.get(n) for n, b in trial._buffers.items())
-        return written or not torch.equal(*angles)
-    except (TypeError, KeyError, AttributeError, RuntimeError):  # it wants to be called in another way
-        return True
+    with torch.inference_mode(False), torch.no_grad():  # there tensors count how often they are written
+        trial._buffers = {name: None if b is None else b.clone() for name, b in rotary._buffers.items()}
+        buffers = {name: b for name, b in trial._buffers.items() if b is not None}
+        device = next((b.device for b in buffers.values()), torch.device("cpu"))
+        like, angles = torch.zeros(1, 1, 1, device=device), []
+        try:
+            for positions in ([1], [1, last]):
+                found = type(rotary).forward(trial, like, torch.tensor([positions], device=device))
+                angles.append(torch.cat([part[:, :1] for part in found], dim=-1))
+            # Frequencies that every pass writes anew are other weights for each call: no prefix is found again.
+            return any(b._version for b in buffers.values()) or not torch.equal(*angles)
+        except (TypeError, KeyError, AttributeError, RuntimeError):  # it wants to be called in another way
+            return True
 
 
 def _cache_refusal(model, prompt: PromptBatch, cache: Cache) -> str | None:
