@@ -1,4 +1,6 @@
-"""Generation with images: encoded once, fed without what is cached, shared between beams."""
+"""Generation with images: encoded once, fed without what is cached, shared between beams, told apart from drafts."""
+
+import inspect
 
 import torch
 from transformers import GenerationMixin
@@ -6,9 +8,12 @@ from transformers.generation import LogitsProcessor
 
 from .adapter_rows_backdrop import adapter_hooks_removed_on_error, group_adapters
 from .configuration_backdrop import VisionFeatures
-from .group_features_backdrop import group_features
+from .group_features_backdrop import given_image_embeds, group_features
 from .prefill_backdrop import plan_prefill, prefill_images, prefill_inputs
+from .prefix_rules_backdrop import generation_refusal
 from .prompt_layout_backdrop import PromptBatch, rows_of_groups, unseen_tokens
+
+VISUAL_INPUTS = ("pixel_values", "patch_mask", "group_kind", "image_embeds")
 
 
 class NoSeparators(LogitsProcessor):
@@ -48,35 +53,46 @@ class BackdropGenerationMixin(GenerationMixin):
         image_embeds=None,
         vision_feature_layer=None,
         vision_feature_select_strategy=None,
+        mm_encoder_outputs=None,
+        prompt_length=None,
         **kwargs,
     ):
         """Encodes the images once, at the first step, and feeds the vision tokens that are not cached yet.
 
         `group_index [G']` (set by beam and multi-sequence expansion) says which group each of the expanded rows'
-        groups is, so that no image is encoded twice. The other arguments are transformers' and `forward`'s.
+        groups is, so that no image is encoded twice. `prompt_length` (set where this model drafts for another) says how
+        many of the ids are the prompt: a placeholder behind it is text. The other arguments are transformers' and
+        `forward`'s.
         """
-        wants_images = is_first_iteration or not kwargs.get("use_cache", True)
+        # transformers calls no step of a draft the first.
+        wants_images = is_first_iteration or prompt_length is not None or not kwargs.get("use_cache", True)
+        image_embeds = (
+            given_image_embeds(pixel_values, image_embeds, mm_encoder_outputs) if wants_images else None
+        )
         if wants_images and (pixel_values is not None or image_embeds is not None):
             prompt_ids = self._prompt_ids(input_ids, inputs_embeds)
             length = prompt_ids.shape[1]
-            seen = length - next_sequence_length if next_sequence_length is not None else 0
-        if wants_images and pixel_values is not None:
-            wants_all_states = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
-            load = not wants_all_states and inputs_embeds is None
-            prompt = PromptBatch(prompt_ids, attention_mask, kwargs.get("position_ids"))
-            plan = plan_prefill(self.model, prompt, past_key_values, seen, load)
-            features = self.config.vision_features(vision_feature_layer, vision_feature_select_strategy)
-            adapters = group_adapters(
-                self.model, prompt_ids, self._group_lengths(pixel_values, patch_mask, features), seen, group_index
-            )
-            encoded = group_features(self.model, pixel_values, patch_mask, group_kind, features, adapters)
-            if group_index is not None:
-                encoded = encoded.select(group_index.tolist())
-            cached, image_embeds = prefill_images(self.model, plan, encoded, past_key_values)
-            if cached != plan.cached:
-                next_sequence_length = length - cached
-        elif wants_images and image_embeds is not None and seen:
-            image_embeds = self._unseen_vision_tokens(prompt_ids, image_embeds, seen)
+            seen = 0 if next_sequence_length is None else length - next_sequence_length
+            prompt = PromptBatch(prompt_ids, attention_mask, kwargs.get("position_ids")).first(prompt_length)
+            if pixel_values is None:
+                if seen:
+                    image_embeds = self._unseen_vision_tokens(prompt.input_ids, image_embeds, seen)
+            # Where the cache holds every image there is nothing to encode.
+            elif not seen or bool(self.model.placeholders(prompt.input_ids[:, seen:]).any()):
+                refusal = generation_refusal(self, {**kwargs, "inputs_embeds": inputs_embeds})
+                # The plan reads the prompt before the images are encoded: a read afterwards waits for the device.
+                plan = plan_prefill(self.model, prompt, past_key_values, seen, refusal)
+                features = self.config.vision_features(vision_feature_layer, vision_feature_select_strategy)
+                lengths = self._group_lengths(pixel_values, patch_mask, features)
+                adapters = group_adapters(self.model, prompt.input_ids, lengths, seen, group_index)
+                encoded = group_features(
+                    self.model, pixel_values, patch_mask, group_kind, features, adapters
+                )
+                if group_index is not None:
+                    encoded = encoded.select(group_index.tolist())
+                cached, image_embeds = prefill_images(self.model, plan, encoded, past_key_values)
+                if cached != seen:
+                    next_sequence_length = length - cached
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -86,7 +102,7 @@ class BackdropGenerationMixin(GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if wants_images and image_embeds is not None:
+        if image_embeds is not None:
             model_inputs["image_embeds"] = image_embeds
         return model_inputs
 
@@ -134,12 +150,55 @@ class BackdropGenerationMixin(GenerationMixin):
         features = self.config.vision_features(vision_feature_layer, vision_feature_select_strategy)
         return prefill_inputs(self.model, prompt, pixel_values, patch_mask, group_kind, features)
 
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor, model_kwargs, model_input_name, generation_config
+    ):
+        """Images are encoded here only for a prompt that is fed in chunks, which transformers gives their share each.
+
+        Elsewhere `prepare_inputs_for_generation` encodes them, which knows what of the prompt is cached.
+        """
+        if generation_config.prefill_chunk_size is None:
+            return model_kwargs
+        return super()._maybe_prepare_encoder_kwargs_for_generation(
+            inputs_tensor, model_kwargs, model_input_name, generation_config
+        )
+
+    def _get_candidate_generator(self, *, input_ids, model_kwargs, assistant_model=None, **kwargs):
+        """Drafts, by another model or from the prompt itself, that propose text alone.
+
+        A draft model gets what it takes: a text model no images, a `BackdropForConditionalGeneration` the groups, which
+        it encodes by itself.
+        """
+        if assistant_model is not None:
+            taken = _parameters(assistant_model.forward, assistant_model.prepare_inputs_for_generation)
+            dropped = {name for name in (*VISUAL_INPUTS, "mm_encoder_outputs") if name not in taken}
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in dropped}
+            if "prompt_length" in taken:
+                model_kwargs["prompt_length"] = input_ids.shape[1]
+        generator = super()._get_candidate_generator(
+            input_ids=input_ids, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
+        propose = generator.get_candidates
+
+        def propose_text(input_ids, **kwargs):
+            """The candidates up to the first placeholder, which would be taken for one of the prompt's."""
+            candidates, logits = propose(input_ids, **kwargs)
+            known = input_ids.shape[1]
+            placeholders = (candidates[0, known:] == self.config.image_token_id).nonzero()
+            if len(placeholders):
+                kept = int(placeholders[0])
+                candidates = candidates[:, : known + kept]
+                logits = None if logits is None else logits[:, :kept]
+            return candidates, logits
+
+        generator.get_candidates = propose_text
+        return generator
+
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs
     ):
         """Repeats rows for beams or several sequences; their groups follow the rows by index, not by copy."""
-        visual_names = ("pixel_values", "patch_mask", "group_kind", "image_embeds")
-        visual = {name: model_kwargs.pop(name) for name in visual_names if name in model_kwargs}
+        visual = {name: model_kwargs.pop(name) for name in VISUAL_INPUTS if name in model_kwargs}
         pixel_values, image_embeds = visual.get("pixel_values"), visual.get("image_embeds")
         if expand_size > 1 and (pixel_values is not None or image_embeds is not None):
             prompt_ids = self._prompt_ids(input_ids, model_kwargs.get("inputs_embeds"))
@@ -196,3 +255,8 @@ class BackdropGenerationMixin(GenerationMixin):
         parts, first = self._vision_tokens_by_row(prompt_ids, image_embeds, cached)
         seen = self.model.placeholders(prompt_ids)[:, first:cached]
         return unseen_tokens(list(parts), [(r,) for r in range(len(parts))], seen)
+
+
+def _parameters(*functions) -> set[str]:
+    """The names of their parameters."""
+    return {name for function in functions for name in inspect.signature(function).parameters}

@@ -120,6 +120,29 @@ def group_features(
     return EncodedGroups(features, groups.kinds, tuple(keys))
 
 
+def given_image_embeds(
+    pixel_values: torch.Tensor | None, image_embeds: torch.Tensor | None, mm_encoder_outputs: dict | None
+) -> torch.Tensor | None:
+    """Vision tokens `[n, D]` that are given in one of two forms, None: in neither.
+
+    Args:
+        image_embeds: the tokens.
+        mm_encoder_outputs: transformers' form, what `get_image_features` returned under "image".
+
+    Raises:
+        ValueError: images are given in more than one form.
+    """
+    encoded = (mm_encoder_outputs or {}).get("image")
+    forms = {"pixel_values": pixel_values, "image_embeds": image_embeds, "mm_encoder_outputs": encoded}
+    given = [name for name, value in forms.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"You cannot specify both {given[0]} and {given[1]} at the same time")
+    if encoded is None:
+        return image_embeds
+    tokens = encoded.pooler_output
+    return tokens.flatten(0, -2) if isinstance(tokens, torch.Tensor) else torch.cat(list(tokens))
+
+
 def check_groups(
     config: BackdropConfig,
     pixel_values: torch.Tensor,

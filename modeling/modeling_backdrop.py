@@ -30,7 +30,7 @@ from .cache_access_backdrop import BackgroundCacheMixin
 from .captured_reuse_backdrop import run_language_model
 from .configuration_backdrop import BACKGROUND, OBJECT, BackdropConfig
 from .generation_backdrop import BackdropGenerationMixin
-from .group_features_backdrop import group_features
+from .group_features_backdrop import given_image_embeds, group_features
 from .outputs_backdrop import BackdropCausalLMOutputWithPast, BackdropModelOutputWithPast
 from .prefix_pass_backdrop import release_background
 from .prefusion_backdrop import BackdropPrefusion
@@ -172,6 +172,7 @@ class BackdropModel(BackdropPreTrainedModel):
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         use_cache: bool | None = None,
+        mm_encoder_outputs: dict | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> BackdropModelOutputWithPast | tuple:
@@ -183,6 +184,7 @@ class BackdropModel(BackdropPreTrainedModel):
             attention_mask: `[B, L]`, 0 at padding, or any form that the language model takes.
             position_ids: `[B, L]` or `[1, L]`; None: counted from what `past_key_values` holds.
             image_embeds: `[sum n_g, D]` vision tokens, given instead of pixels.
+            mm_encoder_outputs: the same as what `get_image_features` returned, under "image": transformers' form.
             vision_feature_layer, vision_feature_select_strategy: see `get_image_features`.
             kwargs: what the language model and its attention take.
 
@@ -197,15 +199,15 @@ class BackdropModel(BackdropPreTrainedModel):
         refuse_unknown(type(self).__name__, kwargs, self.argument_takers)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if pixel_values is not None and image_embeds is not None:
-            raise ValueError("You cannot specify both pixel_values and image_embeds at the same time")
+        image_embeds = given_image_embeds(pixel_values, image_embeds, mm_encoder_outputs)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
             choice = (vision_feature_layer, vision_feature_select_strategy)
             encoded = self.get_image_features(pixel_values, patch_mask, group_kind, *choice, return_dict=True)
             image_embeds = torch.cat(encoded.pooler_output)
-        inputs_embeds = self._replace_placeholders(input_ids, inputs_embeds, image_embeds)
+        going_on = past_key_values is not None and past_key_values.get_seq_length() > 0
+        inputs_embeds = self._replace_placeholders(input_ids, inputs_embeds, image_embeds, going_on)
         if self.config.num_prefusion_layers:
             if past_key_values is None and (
                 self.config.text_config.use_cache if use_cache is None else use_cache
@@ -252,12 +254,16 @@ class BackdropModel(BackdropPreTrainedModel):
         input_ids: torch.LongTensor | None,
         inputs_embeds: torch.Tensor,
         image_embeds: torch.Tensor | None,
+        going_on: bool,
     ) -> torch.Tensor:
-        """`inputs_embeds [B, L, D]` with `image_embeds [sum n_g, D]` where the placeholders are."""
+        """`inputs_embeds [B, L, D]` with `image_embeds [sum n_g, D]` where the placeholders are.
+
+        Where a sequence is `going_on` without images, a placeholder is one that was generated or drafted: text, as in
+        LLaVA.
+        """
         is_image = self.placeholders(input_ids, inputs_embeds).to(inputs_embeds.device)
         if image_embeds is None:
-            # A single position is a decoding step: a generated placeholder is text, as in LLaVA.
-            if input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
+            if input_ids is not None and not going_on and not torch.compiler.is_compiling():
                 found = int(is_image.sum())
                 if found:
                     raise ValueError(
@@ -322,6 +328,7 @@ class BackdropForConditionalGeneration(BackdropPreTrainedModel, BackdropGenerati
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict | None = None,
         **kwargs,
     ) -> BackdropCausalLMOutputWithPast:
         """`BackdropModel.forward`, then the head.
@@ -352,6 +359,7 @@ class BackdropForConditionalGeneration(BackdropPreTrainedModel, BackdropGenerati
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
             use_cache=use_cache,
+            mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
             **others,
         )

@@ -31,7 +31,11 @@ class PrefillPlan:
 
 
 def plan_prefill(
-    model, prompt: PromptBatch, past_key_values: Cache | None, cached: int = 0, load: bool = True
+    model,
+    prompt: PromptBatch,
+    past_key_values: Cache | None,
+    cached: int = 0,
+    refusal: str | None = None,
 ) -> PrefillPlan:
     """The plan for a prompt of `L` positions.
 
@@ -39,14 +43,11 @@ def plan_prefill(
         model: the `BackdropModel`.
         past_key_values: the cache of this generation.
         cached: positions that it holds.
-        load: whether a prefix may be loaded.
+        refusal: why no prefix may be loaded, where the caller knows a reason.
     """
-    may_load = (
-        load
-        and not cached
-        and may_load_prefix(model, prompt.attention_mask, prompt.position_ids, past_key_values)
-    )
-    return PrefillPlan(prompt.on_host(), prefix_run_key(model) if may_load else None, cached)
+    prompt = prompt.on_host()
+    may_load = not cached and may_load_prefix(model, prompt, past_key_values, refusal)
+    return PrefillPlan(prompt, prefix_run_key(model) if may_load else None, cached)
 
 
 def prefill_images(

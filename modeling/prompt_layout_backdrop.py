@@ -23,6 +23,16 @@ class PromptBatch:
     attention_mask: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
 
+    def first(self, length: int | None) -> "PromptBatch":
+        """The first `length` positions, None: all of them; forms that cannot be laid out stay as they are."""
+        if length is None:
+            return self
+        mask, positions = (
+            form[:, :length] if isinstance(form, torch.Tensor) and form.ndim == 2 else form
+            for form in (self.attention_mask, self.position_ids)
+        )
+        return PromptBatch(self.input_ids[:, :length], mask, positions)
+
     def on_host(self) -> "PromptBatch":
         """The same on the CPU, as far as it can be laid out."""
         mask, positions = (

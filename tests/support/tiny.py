@@ -74,9 +74,8 @@ def backdrop_model(seed: int = 0, **changes) -> BackdropForConditionalGeneration
 
 def llava_model(seed: int = 0, **changes) -> LlavaForConditionalGeneration:
     torch.manual_seed(seed)
-    config = LlavaConfig(
-        vision_config=TOWERS["clip"](), text_config=text_config(), image_token_index=IMAGE_ID, **changes
-    )
+    values = {"vision_config": TOWERS["clip"](), "text_config": text_config(), "image_token_index": IMAGE_ID}
+    config = LlavaConfig(**{**values, **changes})
     model = LlavaForConditionalGeneration(config).eval()
     _sharpen(model, seed)
     return model
