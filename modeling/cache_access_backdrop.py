@@ -27,9 +27,14 @@ class BackgroundCacheMixin:
 
     @property
     def cache_in_use(self) -> BackgroundCache | None:
-        """The cache for this call: None while it is off or bypassed, in training, and where gradients are taken."""
+        """The cache for this call: None while it is off or bypassed, in training, and where gradients are taken.
+
+        A compiled or exported forward pass has none either: what it computes may not depend on what is stored.
+        """
         cache = self.background_cache
-        if cache is None or cache.bypassed or self.training or torch.is_grad_enabled():
+        if cache is None or torch.compiler.is_compiling():
+            return None
+        if cache.bypassed or self.training or torch.is_grad_enabled():
             return None
         return cache
 

@@ -26,12 +26,14 @@ logger = logging.get_logger(__name__)
 class PatchGroups:
     """Groups that were checked, and what is wanted of them.
 
-    `pixel_values [G, 3, S, S]`; on the CPU `patch_mask [G, P]` bool; the kind of each; the tower's states to take.
+    `pixel_values [G, 3, S, S]`; on the CPU `patch_mask [G, P]` bool, None where every group owns every patch; the kind of
+    each; P; the tower's states to take.
     """
 
     pixel_values: torch.Tensor
-    patch_mask: torch.Tensor
+    patch_mask: torch.Tensor | None
     kinds: tuple[int, ...]
+    num_patches: int
     vision_features: VisionFeatures
 
     def __len__(self) -> int:
@@ -40,7 +42,16 @@ class PatchGroups:
     @property
     def lengths(self) -> list[int]:
         """n_g: tokens of each group."""
+        if self.patch_mask is None:  # no tensor is read, so that the encoding of whole images can be compiled
+            return [self.num_patches + self.vision_features.extra_tokens] * len(self)
         return (self.patch_mask.sum(-1) + self.vision_features.extra_tokens).tolist()
+
+    @property
+    def masks(self) -> torch.Tensor:
+        """`patch_mask`, written out."""
+        if self.patch_mask is not None:
+            return self.patch_mask
+        return torch.ones(len(self), self.num_patches, dtype=torch.bool)
 
     def select(self, indices: Sequence[int]) -> "PatchGroups":
         """Some of the groups, in the order of `indices`."""
@@ -49,8 +60,9 @@ class PatchGroups:
             pixel_values = self.pixel_values[first : first + len(indices)]  # a view, not a copy
         else:
             pixel_values = self.pixel_values[to_device(index, self.pixel_values.device)]
+        patch_mask = None if self.patch_mask is None else self.patch_mask[index]
         kinds = tuple(self.kinds[g] for g in indices)
-        return PatchGroups(pixel_values, self.patch_mask[index], kinds, self.vision_features)
+        return PatchGroups(pixel_values, patch_mask, kinds, self.num_patches, self.vision_features)
 
 
 @dataclass(frozen=True)
@@ -164,14 +176,8 @@ def check_groups(
             "pixel_values has 0 groups; wanted at least one, or no pixel_values for a prompt without images."
         )
     patch_mask, group_kind = host_copies([patch_mask, group_kind])
-    if patch_mask is None:
-        patch_mask = torch.ones(groups, patches, dtype=torch.bool)
-    if tuple(patch_mask.shape) != (groups, patches):
-        raise ValueError(f"patch_mask is {tuple(patch_mask.shape)}; wanted ({groups}, {patches}).")
-    patch_mask = patch_mask.bool()
-    if not bool(patch_mask.any(-1).all()):
-        empty = [g for g, owns in enumerate(patch_mask.any(-1).tolist()) if not owns]
-        raise ValueError(f"patch_mask: groups {empty} own no patch; wanted at least one each.")
+    if patch_mask is not None:
+        patch_mask = _checked_mask(patch_mask, groups, patches)
     kinds = [BACKGROUND] * groups if group_kind is None else group_kind.tolist()
     if len(kinds) != groups or not set(kinds) <= {BACKGROUND, OBJECT}:
         raise ValueError(f"group_kind is {kinds}; wanted {groups} values, 0 (background) or 1 (object).")
@@ -180,7 +186,19 @@ def check_groups(
             "This model was not finetuned on patch groups, and an image was split into background and objects: "
             "answers may be worse than on the whole image. Finetune it with a Backdrop recipe."
         )
-    return PatchGroups(pixel_values, patch_mask, tuple(kinds), vision_features or config.vision_features())
+    features = vision_features or config.vision_features()
+    return PatchGroups(pixel_values, patch_mask, tuple(kinds), patches, features)
+
+
+def _checked_mask(patch_mask: torch.Tensor, groups: int, patches: int) -> torch.Tensor:
+    """A mask on the CPU as bool; see `check_groups`."""
+    if tuple(patch_mask.shape) != (groups, patches):
+        raise ValueError(f"patch_mask is {tuple(patch_mask.shape)}; wanted ({groups}, {patches}).")
+    patch_mask = patch_mask.bool()
+    if not bool(patch_mask.any(-1).all()):
+        empty = [g for g, owns in enumerate(patch_mask.any(-1).tolist()) if not owns]
+        raise ValueError(f"patch_mask: groups {empty} own no patch; wanted at least one each.")
+    return patch_mask
 
 
 def encode_by_kind(
@@ -212,6 +230,8 @@ def in_raster_order(features: list[torch.Tensor], groups: PatchGroups) -> list[t
     Both keep their numbers of tokens. Pairs whose patches overlap are two images, and stay as they are.
     """
     features = list(features)
+    if groups.patch_mask is None:
+        return features
     for g, pair in enumerate(zip(groups.kinds, groups.kinds[1:], strict=False)):
         masks = groups.patch_mask[g : g + 2]
         if pair != (BACKGROUND, OBJECT) or bool((masks[0] & masks[1]).any()):
@@ -228,16 +248,15 @@ def _encode_alike(model, groups: PatchGroups, kind: int, layers_pass=None) -> li
     """All groups through the tower and projector of one kind."""
     config = model.config
     tower, projector = model.vision_modules(kind)
-    masked = config.masked_attention
     states = encode_groups(
         tower,
         groups.pixel_values,
-        groups.patch_mask if masked else torch.ones_like(groups.patch_mask),
+        groups.patch_mask if config.masked_attention else None,
         list(groups.vision_features.layers),
         groups.vision_features.strategy,
         layers_pass,
     )
-    if not masked:
+    if not config.masked_attention and groups.patch_mask is not None:
         kept = nn.functional.pad(groups.patch_mask, (groups.vision_features.extra_tokens, 0), value=True)
         owned = [to_device(mask.nonzero().squeeze(-1), states[0].device) for mask in kept]
         states = [state[index] for state, index in zip(states, owned, strict=True)]
@@ -267,7 +286,7 @@ def _encode_with_cache(
     backgrounds = [g for g, kind in enumerate(groups.kinds) if kind == BACKGROUND]
     objects = [g for g, kind in enumerate(groups.kinds) if kind != BACKGROUND]
     context = in_namespace(model, run_key, adapter)
-    hashed = content_keys(groups.pixel_values, groups.patch_mask, backgrounds, context)
+    hashed = content_keys(groups.pixel_values, groups.masks, backgrounds, context)
     tokens = groups.lengths
     known: dict[bytes, torch.Tensor] = {}
     computed = sum(tokens[g] for g in objects)

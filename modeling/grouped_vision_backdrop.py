@@ -23,7 +23,7 @@ from .host_copies_backdrop import to_device
 def encode_groups(
     vision_tower: nn.Module,
     pixel_values: torch.Tensor,
-    patch_mask: torch.Tensor,
+    patch_mask: torch.Tensor | None,
     vision_feature_layer: int | list[int] = -2,
     vision_feature_select_strategy: str = "default",
     layers_pass: Callable[..., list[torch.Tensor] | None] | None = None,
@@ -34,7 +34,7 @@ def encode_groups(
         vision_tower: a `CLIPVisionModel`, `SiglipVisionModel` or `Dinov2Model`.
         pixel_values: `[G, 3, S, S]`, normalised.
         patch_mask: `[G, P]` bool, row-major over the grid; each group owns at least one patch. Best on the CPU, where
-            its lengths are read.
+            its lengths are read. None: each owns every patch, and no tensor is read.
         vision_feature_layer: index into the tower's hidden states, or several, concatenated on the width.
         vision_feature_select_strategy: "default" drops the CLS token, "full" keeps it in front.
         layers_pass: another way to run the layers, asked first where they take a mask: called with the layers, the
@@ -51,11 +51,14 @@ def encode_groups(
     layers = _encoder_layers(vision_tower)
     depths = [_depth(index, len(layers)) for index in _as_list(vision_feature_layer)]
     hidden = _embed(vision_tower, pixel_values)  # [G, C + P, D]
-    keep = torch.nn.functional.pad(patch_mask.cpu(), (prefix_tokens, 0), value=True)  # [G, C + P]
-    lengths = keep.sum(-1).tolist()
+    lengths, kept = [hidden.shape[1]] * hidden.shape[0], None
+    if patch_mask is not None:
+        keep = torch.nn.functional.pad(patch_mask.cpu(), (prefix_tokens, 0), value=True)  # [G, C + P]
+        lengths, kept = keep.sum(-1).tolist(), keep.flatten().nonzero().squeeze(-1)
 
     def kept_tokens() -> torch.Tensor:  # [T, D]
-        return hidden.flatten(0, 1)[to_device(keep.flatten().nonzero().squeeze(-1), hidden.device)]
+        tokens = hidden.flatten(0, 1)
+        return tokens if kept is None else tokens[to_device(kept, tokens.device)]
 
     dropped = prefix_tokens if vision_feature_select_strategy == "default" else 0
     accepts_mask = "attention_mask" in _forward_parameters(type(layers[0]).forward)

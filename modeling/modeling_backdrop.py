@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModel, Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, torch_compilable_check
 
 from .arguments_backdrop import (
     ATTENTION_ARGUMENTS,
@@ -49,6 +49,7 @@ class BackdropPreTrainedModel(BackgroundCacheMixin, StrictLoadingMixin, PreTrain
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     # Buffers in checkpoints of older transformers versions; and the detector's weights, because vLLM reads every
     # *.safetensors file of a folder.
@@ -271,11 +272,11 @@ class BackdropModel(BackdropPreTrainedModel):
                         "image placeholders, but no pixel_values were given."
                     )
             return inputs_embeds
-        if not torch.compiler.is_compiling() and int(is_image.sum()) != image_embeds.shape[0]:
-            raise ValueError(
-                f"Image features and image tokens do not match, tokens: {int(is_image.sum())}, "
-                f"features {image_embeds.shape[0]}"
-            )
+        found, given = is_image.sum(), image_embeds.shape[0]
+        torch_compilable_check(
+            found == given,
+            lambda: f"Image features and image tokens do not match, tokens: {int(found)}, features {given}",
+        )
         image_embeds = image_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), image_embeds)
 

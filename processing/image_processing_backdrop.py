@@ -12,6 +12,7 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 
 from .background_matching_backdrop import BackgroundMatcher
+from .call_arguments_backdrop import CONFIGURATION_FIELDS, LOADING_ARGUMENTS, refuse_arguments
 from .detections_backdrop import Detections
 from .detector_backdrop import ObjectDetector
 from .detector_source_backdrop import DetectorSource
@@ -61,6 +62,7 @@ class BackdropImageProcessor(PilBackend):
     background_first = True
 
     def __init__(self, **kwargs):
+        self._refuse_unknown(kwargs, CONFIGURATION_FIELDS)
         super().__init__(**kwargs)
         self._live = _LiveState()
         check_options(
@@ -267,13 +269,23 @@ class BackdropImageProcessor(PilBackend):
 
         Raises:
             ValueError: one is of the wrong type or out of its range.
+            TypeError: an option that the processor does not have.
         """
+        self._refuse_unknown(options)
         complete = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
         complete.update(
             {name: value for name, value in options.items() if value is not None or name == "classes"}
         )
         check_options(**complete)
         return self._standardize_kwargs(**complete)
+
+    @classmethod
+    def _refuse_unknown(cls, options, others=frozenset()) -> None:
+        """Refuses what is no option and not among `others`; what begins with "_" is transformers' own."""
+        unknown = {name for name in set(options) - others if not name.startswith("_")}
+        refuse_arguments(
+            cls.__name__, unknown - set(cls.valid_kwargs.__annotations__), "the options of its documentation"
+        )
 
     # ---- detector
 
@@ -338,7 +350,12 @@ class BackdropImageProcessor(PilBackend):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As transformers'; finds the folder's own detector."""
+        """As transformers'; finds the folder's own detector.
+
+        Raises:
+            TypeError: an argument that is neither an option nor one of loading.
+        """
+        cls._refuse_unknown(kwargs, LOADING_ARGUMENTS)
         hub_kwargs = dict(kwargs)
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         found = processor[0] if isinstance(processor, tuple) else processor
