@@ -216,7 +216,7 @@ def test_graphs_go_when_weights_change_and_answers_follow(recorded):
     found = ask(model, inputs)
     with model.background_cache.scope(bypass=True):
         agree(found, ask(model, inputs))
-    assert reuse.stats()["captures"] == 3  # a miss: the tower runs plainly
+    assert reuse.stats()["captures"] == 4  # a miss: its objects run captured too
 
 
 def test_bounds_on_graphs_and_bytes(recorded):
@@ -286,7 +286,7 @@ def test_on_the_cpu_nothing_is_captured():
     reuse = reusing(model, capture=True)
     for _ in range(2):
         agree(ask(model, inputs), wanted)
-    assert reuse.stats()["fallbacks"] == {"no CUDA device": 3}
+    assert reuse.stats()["fallbacks"] == {"no CUDA device": 4}  # tower and language model, twice
 
 
 def test_a_call_with_gradients_or_autocast_takes_the_plain_path():
@@ -298,7 +298,7 @@ def test_a_call_with_gradients_or_autocast_takes_the_plain_path():
     assert model(**prepared).logits.requires_grad
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model(**model.prepare_prefill(**inputs))
-    assert reuse.stats()["fallbacks"] == {"gradients": 1, "autocast": 1}
+    assert reuse.stats()["fallbacks"] == {"gradients": 1, "autocast": 2}  # there the objects too
 
 
 def test_hooks_of_transformers_for_hidden_states_do_not_hinder():
@@ -308,7 +308,7 @@ def test_hooks_of_transformers_for_hidden_states_do_not_hinder():
     generate(model, inputs, output_hidden_states=True, return_dict_in_generate=True)
     for _ in range(2):
         generate(model, inputs)
-    assert reuse.stats()["language_model"] == 2 and reuse.stats()["tower"] == 2
+    assert reuse.stats()["language_model"] == 2 and reuse.stats()["tower"] == 3
 
 
 @pytest.mark.parametrize("when", ["capture", "replay"])
