@@ -32,12 +32,8 @@ def byte_count(name: str, value: Any, least: int = 0) -> int:
             if "." in match[1]
             else int(match[1]) * UNITS[match[2].lower()]
         )
-    if (
-        isinstance(size, bool)
-        or not isinstance(size, numbers.Real)
-        or not math.isfinite(size)
-        or size < least
-    ):
+    is_number = not isinstance(size, bool) and isinstance(size, numbers.Real) and math.isfinite(size)
+    if not is_number or size < least:
         raise ValueError(f"{name} is {value!r}; wanted {wanted}.")
     return int(size)
 
