@@ -7,7 +7,7 @@ from transformers.utils import logging
 
 from .background_cache_backdrop import BackgroundCache
 from .background_folder_backdrop import BackgroundFolder
-from .cache_options_backdrop import flag
+from .cache_options_backdrop import byte_count, flag
 from .captured_reuse_backdrop import CapturedReuse
 from .prefix_rules_backdrop import keeps_prefixes
 
@@ -76,6 +76,7 @@ class BackgroundCacheMixin:
                 "tokens only."
             )
         # Checked before a folder is made.
+        folder_max_bytes = byte_count("folder_max_bytes", folder_max_bytes, 1)
         cache = BackgroundCache(max_bytes, prefixes and prefixes_work, host_max_bytes)
         if folder is not None:
             cache.folder = BackgroundFolder(folder, folder_max_bytes)

@@ -3,6 +3,7 @@
 import math
 import numbers
 import re
+from typing import Any
 
 UNITS = {"": 1, "b": 1}
 UNITS |= {prefix + "b": 1000**power for power, prefix in enumerate(("k", "m", "g", "t"), 1)}
@@ -10,7 +11,7 @@ UNITS |= {prefix + "ib": 1024**power for power, prefix in enumerate(("k", "m", "
 SIZE_TEXT = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
-def byte_count(name: str, value, least: int = 0) -> int:
+def byte_count(name: str, value: Any, least: int = 0) -> int:
     """A number of bytes, as a number or as text: "2GB" (2 * 10**9), "512MiB" (512 * 2**20), "1.5 GB".
 
     Args:
@@ -21,7 +22,7 @@ def byte_count(name: str, value, least: int = 0) -> int:
         ValueError: it is neither, or too small.
     """
     wanted = f'{least} or more bytes, as a number or as text such as "2GB" or "512MiB"'
-    size = value
+    size: Any = value
     if isinstance(value, str):
         match = SIZE_TEXT.fullmatch(value)
         if match is None or match[2].lower() not in UNITS:
@@ -31,12 +32,8 @@ def byte_count(name: str, value, least: int = 0) -> int:
             if "." in match[1]
             else int(match[1]) * UNITS[match[2].lower()]
         )
-    if (
-        isinstance(size, bool)
-        or not isinstance(size, numbers.Real)
-        or not math.isfinite(size)
-        or size < least
-    ):
+    is_number = not isinstance(size, bool) and isinstance(size, numbers.Real) and math.isfinite(size)
+    if not is_number or size < least:
         raise ValueError(f"{name} is {value!r}; wanted {wanted}.")
     return int(size)
 

@@ -13,7 +13,7 @@ import sys
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import PurePath
 
 import numpy as np
@@ -24,8 +24,10 @@ from torch.nn.modules import module as torch_module
 from .adapter_rows_backdrop import is_adapter_hook
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented))
-PRINTED = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
-PRINTED += (enum.Enum, slice, range, np.generic, np.dtype, PurePath)
+PRINTED = (
+    *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
+    *(enum.Enum, slice, range, np.generic, np.dtype, PurePath),
+)
 MAX_ARRAY_BYTES = 2**16  # of a numpy array among a module's attributes, which is read in full at every call
 
 # Attributes that are bookkeeping of torch, transformers, accelerate and of this model: no forward reads them.
@@ -55,8 +57,15 @@ IGNORED |= {"_name_or_path", "_commit_hash", "transformers_version", "architectu
 
 # Whose hooks change no value, or are described by tensors and attributes alone. Of peft's own hooks most depend on a
 # call's arguments; those for the adapters of single rows are handled (`adapter_rows_backdrop`).
-HOOK_LIBRARIES = ("torch", "transformers", "accelerate", "bitsandbytes")
-HOOK_LIBRARIES += ("peft.peft_model", "peft.mixed_model", "peft.utils")
+HOOK_LIBRARIES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "bitsandbytes",
+    "peft.peft_model",
+    "peft.mixed_model",
+    "peft.utils",
+)
 LIBRARIES = frozenset({"torch", "transformers", "accelerate", "bitsandbytes", "peft"})
 GLOBAL_HOOKS = (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks)
 
@@ -77,7 +86,7 @@ class ModuleStates:
         self.tensors: list[torch.Tensor] = []
         self.unseen: list[tuple[nn.Module | None, str]] = []
         self.dicts: list[dict] = list(GLOBAL_HOOKS)
-        self.sequences: list[Iterable] = []
+        self.sequences: list[Collection] = []
         self._volatile: list[object] = []  # read again at every call
         self._numbers: dict[int, int] = {}  # by id of what was described, all of it held by `_held`
         self._held: list[object] = []

@@ -136,7 +136,10 @@ def _load_prefix(
         layout,
         encoded,
         config.image_token_id,
-        [in_namespace(model, run_key, adapter) for adapter in adapters or [None] * len(rows)],
+        [
+            in_namespace(model, run_key, adapter)
+            for adapter in (adapters if adapters is not None else [None] * len(rows))
+        ],
         adapters,
     )
     if prefix is None:

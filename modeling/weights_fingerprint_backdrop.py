@@ -102,8 +102,7 @@ class WeightsSnapshot:
 
     def still_holds(self) -> bool:
         """Whether a fingerprint taken anew would be the same."""
-        compared, sequences = self._compared, self._states.sequences
-        count = sum(map(len, compared)) + sum(map(len, sequences)) + len(self._classes)
+        count = len(self._classes) + sum(map(len, self._compared)) + sum(map(len, self._states.sequences))
         return (
             not any(self._empty)
             and count == len(self._objects)

@@ -93,7 +93,7 @@ def is_group(image, side: int | None = None) -> bool:
     rgba = rgba_array(image)
     if rgba is None or not looks_like_group(rgba):
         return False
-    if (rgba[..., 3] == 0).any():
+    if (rgba[..., 3] != rgba[0, 0, 3]).any():
         return True
     if isinstance(image, Image.Image):
         if METADATA_KEY in image.info:

@@ -17,7 +17,7 @@ def check_number(
     Raises:
         ValueError: it is no number, not finite, or out of the range.
     """
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
     if not is_number or not least <= value <= most or (above and value == least):
         raise ValueError(f"{name} is {value!r}; wanted {wanted}.")
 

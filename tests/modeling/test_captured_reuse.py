@@ -247,7 +247,7 @@ def _dynamic_rope():
 
 def _hooked():
     model = tiny.backdrop_model()
-    model.model.language_model.layers[0].register_forward_hook(lambda *args: None)
+    model.enable_input_require_grads()  # a hook of transformers' own, which the background cache lets pass
     return model
 
 
@@ -381,5 +381,5 @@ def test_switched_on_and_off_copied_and_checked():
         assert copied.options == reuse.options and copied.stats()["graphs"] == 0
     model.disable_compiled_reuse()
     assert model.compiled_reuse is None and reuse.stats()["graphs"] == 0
-    with pytest.raises(ValueError, match="bucket is 0; wanted 1 or more"):
+    with pytest.raises(ValueError, match="bucket is 0; wanted a whole number, 1 or more"):
         CapturedReuse(bucket=0)

@@ -50,7 +50,7 @@ def mixed_group() -> Image.Image:
         (group_with("[1]"), 400, "an image cannot be split"),
         (group_with("not JSON"), 400, "an image cannot be split"),
         (group_with("[" * 10_000), 400, "an image cannot be split"),
-        (Image.new("RGBA", (28, 28), (1, 2, 3, 253)), 400, "A patch group is 28 x 28 pixels; wanted 56 x 56"),
+        (group_with("{}", side=28), 400, "A patch group is 28 x 28 pixels; wanted 56 x 56"),
         (mixed_group(), 400, "A patch group's alpha mixes [253, 254]"),
     ],
     ids=range(13),
