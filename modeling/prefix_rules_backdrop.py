@@ -80,6 +80,9 @@ def _prompt_refusal(model, prompt: PromptBatch) -> str | None:
     for name, form in (("attention mask", attention_mask), ("position ids", position_ids)):
         if form is not None and getattr(form, "ndim", None) != 2:
             return f"the {name} has another form than [batch, length]"
+    attentions = (part for layer in model.language_model.layers for part in layer.children())
+    if not all(getattr(part, "is_causal", True) for part in attentions):
+        return "the language model attends to later positions (is_causal is False)"
     last = prompt.input_ids.shape[1] - 1 if position_ids is None else int(position_ids.max())
     rotary = getattr(model.language_model, "rotary_emb", None)
     if rotary is not None and _depends_on_length(rotary, last):
