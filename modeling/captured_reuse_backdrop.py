@@ -54,7 +54,7 @@ def run_language_model(model, past_key_values: Cache | None, **inputs) -> BaseMo
     """
     reused = vars(past_key_values).pop("reused_prefix", None) if past_key_values is not None else None
     captured = model.compiled_reuse
-    if captured is not None and reused is not None:
+    if captured is not None and reused is not None and not torch.compiler.is_compiling():
         outputs = captured.language_model(model, reused, past_key_values, **inputs)
         if outputs is not None:
             return outputs

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .model_code_backdrop import save_model_code
+
 # The two group kinds, the values of `group_kind`.
 BACKGROUND, OBJECT = 0, 1
 # Tokens that a tower puts before its patch tokens (CLS), by the tower's `model_type`.
@@ -81,6 +83,13 @@ class BackdropConfig(PreTrainedConfig):
             self.tie_word_embeddings = True
         super().__post_init__(**kwargs)
         self.check_fields()
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As transformers'; where an `auto_map` names the code, as in an exported folder, the code goes along."""
+        auto_map = getattr(self, "auto_map", None)
+        if auto_map:
+            self.auto_map = save_model_code(save_directory, auto_map)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def check_servable(self) -> None:
         """Refuses what vLLM's Transformers backend, which builds the model with its own attention, cannot run right.

@@ -60,9 +60,12 @@ def load_background_prefix(model, prefix: BackgroundPrefix, past_key_values: Cac
 def release_background(past_key_values: Cache | None) -> None:
     """Unpins what a cache shared with the background cache.
 
-    Called after each pass, which leaves `past_key_values` with tensors of its own.
+    Called after each pass, which leaves `past_key_values` with tensors of its own. In a compiled pass, where no lock can
+    be taken, what is shared stays pinned until the cache ends.
     """
-    lease = vars(past_key_values).pop("background_lease", None) if past_key_values is not None else None
+    if past_key_values is None or torch.compiler.is_compiling():
+        return
+    lease = vars(past_key_values).pop("background_lease", None)
     if lease is not None:
         lease.release()
 

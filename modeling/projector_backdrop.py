@@ -4,13 +4,11 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .configuration_backdrop import BackdropConfig
-
 
 class BackdropProjector(nn.Module):
-    """LLaVA's two-layer MLP from tower width to text width (`LlavaMultiModalProjector`)."""
+    """LLaVA's two-layer MLP from tower width to text width (`LlavaMultiModalProjector`), sized by a `BackdropConfig`."""
 
-    def __init__(self, config: BackdropConfig):
+    def __init__(self, config):
         super().__init__()
         width = config.vision_config.hidden_size * len(config.feature_layers)
         text_width = config.text_config.hidden_size

@@ -1,8 +1,14 @@
 """What a call of the processor or of the image processor may name; what neither takes is refused, never dropped."""
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from transformers import GenerationConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # Beside its options `from_pretrained` of an image processor is given these, by users and by transformers itself.
 LOADING_ARGUMENTS = frozenset(
@@ -38,6 +44,7 @@ CONFIGURATION_FIELDS = frozenset(
         "use_fast",
     )
 )
+_GENERATION_OPTIONS = GenerationConfig()
 OTHER_MODALITIES = ("videos", "audio", "audios", "videos_kwargs", "audio_kwargs")
 
 
@@ -63,6 +70,8 @@ def check_processor_arguments(processor, arguments: Mapping[str, Any]) -> None:
     Args:
         processor: a `ProcessorMixin` with `image_processor` and `valid_processor_kwargs`.
 
+    Options of `generate` are told of, once, and left out.
+
     Raises:
         TypeError: one is neither the tokenizer's nor the image processor's, or is of another modality.
     """
@@ -75,7 +84,15 @@ def check_processor_arguments(processor, arguments: Mapping[str, Any]) -> None:
     of_images = set(processor.image_processor.valid_kwargs.__annotations__)
     takes = "options of the tokenizer and of the image processor"
     flat = of_text | of_images | set(kinds) | {"common_kwargs", *OTHER_MODALITIES}
-    refuse_arguments(owner, set(given) - flat, takes)
+    unknown = set(given) - flat
+    # A pipeline hands every argument on that it does not know, `do_sample` among them: with LLaVA such a call answers.
+    of_generate = {name for name in unknown if hasattr(_GENERATION_OPTIONS, name)}
+    for name in sorted(of_generate):
+        logger.warning_once(
+            f"{name} is an option of generate, not of the processor, which leaves it out; with a pipeline it is "
+            f"generate_kwargs={{{name!r}: ...}}."
+        )
+    refuse_arguments(owner, unknown - of_generate, takes)
     for name, known in (
         ("text_kwargs", of_text),
         ("images_kwargs", of_images),
@@ -89,12 +106,15 @@ def check_template_arguments(
 ) -> None:
     """Checks the further keyword arguments of `apply_chat_template`.
 
+    Programs that serve many models set variables that only some templates know (`enable_thinking`): those are told of,
+    once. What resembles an option of ours is a misspelling, and refused.
+
     Args:
         template: of the call, Jinja or the name of one of the processor's; None: the processor's own.
         named: parameters of `apply_chat_template`.
 
     Raises:
-        TypeError: one is neither a variable that the template names nor an argument of the processor's call.
+        TypeError: one is nearly an argument of the processor's call.
     """
     own = processor.chat_template
     texts = list(own.values()) if isinstance(own, dict) else [own]
@@ -104,6 +124,13 @@ def check_template_arguments(
         for name, value in arguments.items()
         if name not in named and not re.search(rf"\b{re.escape(name)}\b", text)
     }
+    known = [
+        *processor.image_processor.valid_kwargs.__annotations__,
+        *processor.valid_processor_kwargs.__annotations__["text_kwargs"].__annotations__,
+    ]
+    for name in [name for name in others if not difflib.get_close_matches(name, known, cutoff=0.7)]:
+        logger.warning_once(f"The chat template has no variable {name}; it is left out.")
+        del others[name]
     check_processor_arguments(processor, others)
 
 

@@ -23,6 +23,7 @@ from .image_splitting_backdrop import ImageSplitter, whole_image_group
 from .lost_groups_backdrop import lost_group
 from .patch_groups_backdrop import METADATA_KEY, PatchGroup, read_group
 from .pixel_values_backdrop import pixel_values
+from .processor_code_backdrop import save_processor_code
 
 MAX_THREADS = 4  # that prepare the images of one call
 
@@ -346,7 +347,15 @@ class BackdropImageProcessor(PilBackend):
         """As transformers', and the detector's weights with it."""
         os.makedirs(save_directory, exist_ok=True)
         self.save_detector(save_directory)
+        self.save_code(save_directory)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def save_code(self, folder) -> dict[str, str] | None:
+        """Writes the code that an `auto_map` names, as an exported folder has one; the map as it is then, or None."""
+        auto_map = getattr(self, "auto_map", None)
+        if auto_map:
+            self.auto_map = save_processor_code(folder, auto_map)
+        return auto_map and dict(self.auto_map)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):

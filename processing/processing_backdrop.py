@@ -198,6 +198,9 @@ class BackdropProcessor(ProcessorMixin):
         """As transformers', and the detector's weights with it."""
         os.makedirs(save_directory, exist_ok=True)
         self.image_processor.save_detector(save_directory)
+        auto_map = self.image_processor.save_code(save_directory)
+        if auto_map:  # AutoProcessor reads the processor's own entry, which loading drops
+            self.auto_map = auto_map
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod

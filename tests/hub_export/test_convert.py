@@ -173,7 +173,11 @@ def test_the_pipeline_gives_the_same_for_an_image_and_its_groups(processor, chat
         content = [{"type": "image", "image": image} for image in images] + [
             {"type": "text", "text": "what?"}
         ]
-        return pipe(text=[{"role": "user", "content": content}], max_new_tokens=5, do_sample=False)[0]
+        return pipe(
+            text=[{"role": "user", "content": content}],
+            max_new_tokens=5,
+            generate_kwargs={"do_sample": False},
+        )[0]
 
     image = scene(14, 14)
     one, two = ask([image]), ask(groups_of(processor.image_processor, image))
