@@ -103,7 +103,7 @@ def check_processor_arguments(processor, arguments: Mapping[str, Any]) -> None:
 
 def check_template_arguments(
     processor, template: str | dict | None, arguments: Mapping[str, Any], named: Iterable[str]
-) -> None:
+) -> dict[str, Any]:
     """Checks the further keyword arguments of `apply_chat_template`.
 
     Programs that serve many models set variables that only some templates know (`enable_thinking`): those are told of,
@@ -113,8 +113,11 @@ def check_template_arguments(
         template: of the call, Jinja or the name of one of the processor's; None: the processor's own.
         named: parameters of `apply_chat_template`.
 
+    Returns:
+        The arguments without those that nothing takes.
+
     Raises:
-        TypeError: one is nearly an argument of the processor's call.
+        TypeError: one is nearly an argument of the processor's call, or an option of `generate`.
     """
     own = processor.chat_template
     texts = list(own.values()) if isinstance(own, dict) else [own]
@@ -127,11 +130,15 @@ def check_template_arguments(
     known = [
         *processor.image_processor.valid_kwargs.__annotations__,
         *processor.valid_processor_kwargs.__annotations__["text_kwargs"].__annotations__,
+        *vars(_GENERATION_OPTIONS),
     ]
-    for name in [name for name in others if not difflib.get_close_matches(name, known, cutoff=0.7)]:
+    unknown = {name for name in others if not difflib.get_close_matches(name, known, cutoff=0.8)}
+    for name in sorted(unknown):
         logger.warning_once(f"The chat template has no variable {name}; it is left out.")
-        del others[name]
-    check_processor_arguments(processor, others)
+    check_processor_arguments(
+        processor, {name: value for name, value in others.items() if name not in unknown}
+    )
+    return {name: value for name, value in arguments.items() if name not in unknown}
 
 
 def check_images_per_prompt(images: Any, counted: Iterable[int], texts: list[str], image_token: str) -> None:

@@ -116,7 +116,8 @@ class BackdropProcessor(ProcessorMixin):
             TypeError: an argument that is neither the processor's nor named in the template.
         """
         named = inspect.signature(ProcessorMixin.apply_chat_template).parameters
-        check_template_arguments(self, args[0] if args else kwargs.get("chat_template"), kwargs, named)
+        template = args[0] if args else kwargs.get("chat_template")
+        kwargs = check_template_arguments(self, template, kwargs, named)
         check_processor_arguments(self, kwargs.get("processor_kwargs") or {})
         if return_assistant_tokens_mask and not hasattr(ProcessorMixin, "_adjust_assistant_masks_indices"):
             raise ValueError(

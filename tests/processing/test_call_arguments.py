@@ -5,6 +5,7 @@ import tiny
 import torch
 from red_square import scene
 from transformers import pipeline
+from transformers.utils import logging as transformers_logging
 
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
@@ -116,6 +117,22 @@ def test_a_pipeline_refuses_by_name_too(processor):
     )
     new = answer[0]["generated_token_ids"][-4:]
     assert not set(new) & {*banned, *processor.separator_token_ids}
+
+
+def test_options_of_generate_and_variables_of_other_templates_are_told_of(processor, caplog):
+    """With LLaVA such calls answer; they are no misspellings."""
+    transformers_logging.warning_once.cache_clear()
+    transformers_logging.enable_propagation()
+    try:
+        plain = processor.apply_chat_template(CHAT, **TOKENIZED)
+        found = processor.apply_chat_template(CHAT, **TOKENIZED, do_sample=False, enable_thinking=True)
+        assert found["input_ids"] == plain["input_ids"]
+        processor(images=scene(), text="<image> is", temperature=0.5)
+        said = "\n".join(record.message for record in caplog.records)
+    finally:
+        transformers_logging.disable_propagation()
+    assert "do_sample is an option of generate" in said and "temperature is an option of generate" in said
+    assert "no variable enable_thinking" in said
 
 
 # ---- images and prompts
