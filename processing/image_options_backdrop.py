@@ -6,6 +6,9 @@ from transformers.processing_utils import ImagesKwargs
 class BackdropImagesKwargs(ImagesKwargs, total=False):
     """Options beyond transformers' own.
 
+    fit: what becomes of an image that is not square. "crop": its sides are cut off; "pad": it gets bars of the mean colour;
+        "stretch": it is distorted. It stands for do_pad, do_center_crop and the form of size; None: what these say.
+    own_padding: False leaves patches of nothing but padding to no group; they cost no token and no computation.
     patch_size: patch side, pixels.
     split: False gives every ordinary image as one background group of all patches (plain LLaVA).
     detector: name or path of an ultralytics model; None: the detector saved in the model's own folder.
@@ -20,6 +23,8 @@ class BackdropImagesKwargs(ImagesKwargs, total=False):
         reuse nothing of the background, which follows what changes.
     """
 
+    fit: str | None
+    own_padding: bool
     patch_size: int
     split: bool
     detector: str | None
