@@ -94,7 +94,8 @@ def split_panels(rows: list[PanelRow]) -> Image.Image:
             draw.rectangle((left - 1, y - 1, left + panel.width, y + panel.height), outline=_FRAME)
             _write(draw, (left, panel_top + side + 8), caption, _TEXT, _FAINT, column_width)
         top += _row_height(row)
-    _legend(draw, _MARGIN, top, max(row.margin for row in rows))
+    hatched = any(row.placement and (any(row.placement.lost) or row.placement.padded) for row in rows)
+    _legend(sheet, _MARGIN, top, max(row.margin for row in rows), hatched)
     return sheet
 
 
@@ -193,7 +194,8 @@ def _hatched_outside(image: Image.Image, box: tuple[int, int, int, int]) -> Imag
         draw.line([(start, image.height), (start + image.height, 0)], fill=_FAINT, width=1)
     result = image.copy()
     result.paste(pale, mask=outside)
-    ImageDraw.Draw(result).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=_INK)
+    if box[2] > box[0] and box[3] > box[1]:
+        ImageDraw.Draw(result).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=_INK)
     return result
 
 
@@ -292,7 +294,8 @@ def _patch_panel(row: PanelRow, seen: Image.Image) -> tuple[Image.Image, str]:
     return panel, counts + (f", {both} in both" if both else "")
 
 
-def _legend(draw: ImageDraw.ImageDraw, left: int, top: int, margin: int) -> None:
+def _legend(sheet: Image.Image, left: int, top: int, margin: int, hatched: bool) -> None:
+    draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(_TEXT)
     swatch = _TEXT + 1
     margin_colour = tuple(
@@ -315,6 +318,11 @@ def _legend(draw: ImageDraw.ImageDraw, left: int, top: int, margin: int) -> None
         draw.rectangle(box, outline=_FRAME)
         draw.text((left + swatch + 8, top + swatch / 2), text, font=font, fill=_FAINT, anchor="lm")
         left += swatch + 8 + round(font.getlength(text)) + 28
+    if hatched:
+        sample = _hatched_outside(Image.new("RGB", (swatch, swatch), _UNOWNED), (0, 0, 0, 0))
+        sheet.paste(sample, (left, top))
+        text = "cut off, or padding"
+        draw.text((left + swatch + 8, top + swatch / 2), text, font=font, fill=_FAINT, anchor="lm")
 
 
 def _write(
