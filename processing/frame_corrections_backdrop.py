@@ -29,18 +29,27 @@ MIN_SHIFT = (
 GAIN_BOUNDS = (1 / 1.5, 1.5)
 MAX_OFFSET = 32.0  # grey levels
 MIN_CHANGE = 0.3  # grey levels; an exposure that changes less is left as it is
-MIN_AGREEING = 0.5  # share of the patches that can tell, which must agree with an estimate
+# Share of the patches that can tell, which must agree with an estimate.
+MIN_AGREEING, MIN_AGREEING_COLOURS = 0.5, 0.35
 MIN_PATCHES = 12  # that can tell; of fewer no estimate is made
 # Exposure: how far a patch's mean colour may be off the fitted line, grey levels; first, and once it has settled.
-ROUGH_MISFIT, FINE_MISFIT = 5.0, 2.5
+ROUGH_MISFIT, FINE_MISFIT = 5.0, 3.0
 TRIED_LINES, TRIED_ON = 32, 192  # lines through two patches, patches that they are tried on
 CLIPPED_SHARE = 0.02  # of a patch's pixels at 0 or 255; beyond it its mean says nothing of exposure
-FLAT = 6.0  # grey levels; where the trusted colours vary less, gain and offset cannot be told apart
+FLAT = 6.0  # grey levels; a line through two patches that differ less says nothing of the gain
+# Where a picture has few colours, gain and offset cannot be told apart, and a wrong pair would spoil every other colour.
+# What cameras do is a gain of about so much around 1, and an offset of about so much around 0 ...
+USUAL_GAIN, USUAL_OFFSET = 0.1, 4.0
+EVIDENCE = 12  # ... which counts as much as so many patches: their misfits are not independent of each other
+LEAST_MISFIT = 0.5  # grey levels; of patches that agree better this is assumed
 # Shift: a patch can tell one where its gradient is this strong, grey levels a pixel (root mean square).
 TEXTURE = 2.0
 # It agrees where what is left of its difference is no more than noise and so many pixels of displacement explain.
 NOISE, MISPLACED = 3.0, 0.3
-FINE_CELL, COARSE_CELL = 7, 4  # pixels of a patch at the two levels, at most
+SHRUNK = (
+    2.0,
+    3.5,
+)  # the picture is looked at in two sizes, smaller by these; a patch has 4 pixels a side or more
 # Steps at each level, at most; the last is one that moves by less than so many pixels. Each level sees the next finer one's
 # start within its reach, and the finest ends within some hundredths.
 COARSE_STEPS, FINE_STEPS = (4, 0.4), (3, 0.15)
@@ -90,12 +99,13 @@ class CorrectionTarget:
         self.grid = reference.shape[0] // patch_size
         self.trusted = trusted.astype(bool)
         inner = self._inner(reference)
-        self._small_side = self.grid * min(FINE_CELL, patch_size)
+        fine_cell, coarse_cell = (min(patch_size, max(4, round(patch_size / n))) for n in SHRUNK)
+        self._small_side = self.grid * fine_cell
         small = _shrunk(inner, self._small_side)
         self._means, self._clipped = _cell_means(small, self.grid), _clipped_share(small, self.grid)
         fine = _luma(small)
         self._fine = _Level(fine, self.grid, patch_size)
-        self._coarse = _Level(_shrunk(fine, self.grid * min(COARSE_CELL, patch_size)), self.grid, patch_size)
+        self._coarse = _Level(_shrunk(fine, self.grid * coarse_cell), self.grid, patch_size)
 
     def correct(self, frame: np.ndarray, follow_exposure: bool = True, align: bool = True) -> Correction:
         """The frame with what could be estimated undone; first the shift, then the exposure.
@@ -156,10 +166,13 @@ class CorrectionTarget:
         for misfit in (ROUGH_MISFIT, FINE_MISFIT, FINE_MISFIT):
             off = np.abs(found - known * lines[:, 0] - lines[:, 1])
             agree = (off <= misfit).all(axis=1)
-            if agree.mean() < MIN_AGREEING:
-                reason = f"exposure: {agree.mean():.0%} of the patches agree with one gain and offset; wanted {MIN_AGREEING:.0%}"
+            if agree.mean() < MIN_AGREEING_COLOURS:
+                reason = (
+                    f"exposure: {agree.mean():.0%} of the patches agree with one gain and offset; wanted "
+                    f"{MIN_AGREEING_COLOURS:.0%}"
+                )
                 return same, none, float("nan"), reason
-            lines = np.array([_line(known[agree, c], found[agree, c]) for c in range(3)])
+            lines = np.array([_line(known[agree, c], found[agree, c], *lines[c]) for c in range(3)])
         gains, offsets = lines.T
         if not (
             (gains >= GAIN_BOUNDS[0]) & (gains <= GAIN_BOUNDS[1]) & (np.abs(offsets) <= MAX_OFFSET)
@@ -171,7 +184,11 @@ class CorrectionTarget:
             return same, none, float("nan"), reason
         fitted = known[agree] * gains + offsets
         residual = float(np.abs((found[agree] - fitted) / gains).mean())
-        if np.abs(fitted - known[agree]).max() < MIN_CHANGE:
+        before, after = (
+            np.minimum(np.abs(off), FINE_MISFIT).mean()
+            for off in (found - known, found - known * gains - offsets)
+        )
+        if np.abs(fitted - known[agree]).max() < MIN_CHANGE or after >= before:
             return same, none, float(np.abs(found[agree] - known[agree]).mean()), None
         red, green, blue = gains.tolist()
         return (red, green, blue), tuple(offsets.tolist()), residual, None  # type: ignore[return-value]
@@ -423,31 +440,40 @@ def _clipped_share(small: np.ndarray, grid: int) -> np.ndarray:
 
 
 def _best_line(known: np.ndarray, found: np.ndarray) -> tuple[float, float]:
-    """Gain and offset that most patches agree with, of lines through pairs of patches, and of plainer guesses."""
+    """Gain and offset that most patches agree with, of lines through one or two patches, and of none."""
     order = np.argsort(known, kind="stable")
     half = len(order) // 2
     first = order[: half : -(-half // TRIED_LINES)]
     second = order[half : 2 * half : -(-half // TRIED_LINES)]
     apart = known[second] - known[first]
-    gains = np.where(apart >= FLAT, (found[second] - found[first]) / np.maximum(apart, FLAT), 1.0)
-    offsets = found[first] - gains * known[first]
-    plain = np.median(found / np.maximum(known, 1.0))
-    gains = np.concatenate([gains, [1.0, 1.0, plain]])
-    offsets = np.concatenate([offsets, [0.0, np.median(found - known), 0.0]])
+    pairs = np.where(apart >= FLAT, (found[second] - found[first]) / np.maximum(apart, FLAT), 1.0)
+    gains = np.concatenate([[1.0], pairs, found[second] / np.maximum(known[second], 1.0)])
+    offsets = np.zeros(len(gains))
+    offsets[1 : 1 + len(first)] = found[first] - pairs * known[first]
     off = found[None] - gains[:, None] * known[None] - offsets[:, None]
-    best = int(np.minimum(off * off, ROUGH_MISFIT**2).sum(axis=1).argmin())
+    misfit = np.minimum(off * off, ROUGH_MISFIT**2).mean(axis=1)
+    unusual = ((gains - 1) / USUAL_GAIN) ** 2 + (offsets / USUAL_OFFSET) ** 2
+    best = int((misfit + unusual / EVIDENCE).argmin())
     return float(gains[best]), float(offsets[best])
 
 
-def _line(known: np.ndarray, found: np.ndarray) -> tuple[float, float]:
-    """Gain and offset by least squares; the gain is drawn to 1 where the known values hardly vary."""
-    middle, mean = known.mean(), found.mean()
-    apart = known - middle
-    # As if the change were a little texture of its own that says "gain 1".
-    prior = FLAT**2 / 16
-    spread = float((apart * apart).mean())
-    gain = (float((apart * (found - mean)).mean()) + prior) / (spread + prior)
-    return gain, float(mean - gain * middle)
+def _line(known: np.ndarray, found: np.ndarray, gain: float, offset: float) -> tuple[float, float]:
+    """The most probable gain and offset: least squares, drawn to what is usual as far as the patches do not tell.
+
+    Args:
+        known, found: mean colours of one channel, of the reference and of the frame, `[N]`.
+        gain, offset: an estimate, by whose misfit the patches' evidence is weighed.
+    """
+    x, y = known.astype(np.float64), found.astype(np.float64)
+    for _ in range(2):
+        misfit = max(LEAST_MISFIT, float(np.abs(y - gain * x - offset).mean()) * 1.25)
+        weight = EVIDENCE / misfit**2
+        xx, x1 = weight * float((x * x).mean()) + USUAL_GAIN**-2, weight * float(x.mean())
+        one = weight + USUAL_OFFSET**-2
+        xy, y1 = weight * float((x * y).mean()) + USUAL_GAIN**-2, weight * float(y.mean())
+        area = xx * one - x1 * x1
+        gain, offset = (one * xy - x1 * y1) / area, (xx * y1 - x1 * xy) / area
+    return gain, offset
 
 
 def _numbers(values: np.ndarray) -> str:

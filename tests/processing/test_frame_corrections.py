@@ -100,12 +100,12 @@ def test_planted_shake_is_found_within_a_tenth_of_a_pixel_and_undone(picture, re
     target = CorrectionTarget(reference, ALL, P)
     frame = noisy(seen(picture, *moved))
     found = target.correct(frame)
-    assert np.abs(np.array(found.shift) - moved).max() < 0.07 and not found.reasons
+    assert np.abs(np.array(found.shift) - moved).max() < 0.1 and not found.reasons
     assert found.gain == (1, 1, 1) or max(abs(gain - 1) for gain in found.gain) < 0.01
     before = (patch_staleness(reference, frame, P) <= TOLERANCE).mean()
     kept = 1 - found.outside.mean()
     assert fitting(reference, found) > 0.97 * kept - 0.02
-    assert max(map(abs, moved)) < 0.3 or before < 0.9
+    assert max(map(abs, moved)) < 0.45 or before < 0.9
 
 
 def test_shake_is_found_behind_an_object_that_covers_a_third(picture, reference, target):
