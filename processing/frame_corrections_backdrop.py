@@ -46,6 +46,8 @@ LEAST_MISFIT = 0.5  # grey levels; of patches that agree better this is assumed
 TEXTURE = 2.0
 # It agrees where what is left of its difference is no more than noise and so many pixels of displacement explain.
 NOISE, MISPLACED = 3.0, 0.3
+MIN_SPREAD = 0.6  # of the height and the width of what is trusted, over which what agrees must be spread
+BETTER = 0.6  # of the difference without the shift; what is left with it, where a shift explains a patch
 SHRUNK = (
     2.0,
     3.5,
@@ -98,6 +100,7 @@ class CorrectionTarget:
         self.patch_size = patch_size
         self.grid = reference.shape[0] // patch_size
         self.trusted = trusted.astype(bool)
+        self._trusted_spread = np.maximum(1, _spread(np.flatnonzero(self.trusted), self.grid))
         inner = self._inner(reference)
         fine_cell, coarse_cell = (min(patch_size, max(4, round(patch_size / n))) for n in SHRUNK)
         self._small_side = self.grid * fine_cell
@@ -230,6 +233,22 @@ class CorrectionTarget:
             )
         if np.abs(estimate).max() < MIN_SHIFT:
             return still, None
+        # Most patches that would look different by such a shift must look better for it. Else something moves in front of a
+        # camera that stands still, and agrees with itself.
+        noise = min(max(1.0, float(np.median(left))), NOISE**2)
+        telling = self._fine.texture[can_tell] * float(estimate @ estimate) / 2 > 2 * noise
+        if telling.sum() < MIN_PATCHES:
+            return still, None  # too little to see
+        better = telling & (left < BETTER * self._fine.difference(fine)[can_tell])
+        share = better.sum() / telling.sum()
+        if share < MIN_AGREEING:
+            return (
+                still,
+                f"shift: it suits {share:.0%} of the patches that can tell; wanted {MIN_AGREEING:.0%}",
+            )
+        spread = _spread(np.flatnonzero(can_tell)[better], self.grid) / self._trusted_spread
+        if spread.min() < MIN_SPREAD:
+            return still, "shift: what agrees lies in one part of the picture; wanted it all over"
         return (float(estimate[0]), float(estimate[1])), None
 
     def _inner(self, pixels: np.ndarray) -> np.ndarray:
@@ -270,6 +289,12 @@ class _Level:
         xx, xy, yy = sums[2] - sums[0] ** 2, sums[3] - sums[0] * sums[1], sums[4] - sums[1] ** 2
         self._tensor = np.stack([xx, xy, yy])  # [3, P]
         self.texture = xx + yy
+
+    def difference(self, luma: np.ndarray) -> np.ndarray:
+        """Variance of a frame's difference within each patch without any shift, grey levels squared, `[P]`."""
+        off = luma - self.luma
+        mean, square = _cell_means(_stacked(off, off * off), self.grid).T
+        return square - mean * mean
 
     def step(
         self, luma: np.ndarray, estimate: np.ndarray, can_tell: np.ndarray
@@ -474,6 +499,14 @@ def _line(known: np.ndarray, found: np.ndarray, gain: float, offset: float) -> t
         area = xx * one - x1 * x1
         gain, offset = (one * xy - x1 * y1) / area, (xx * y1 - x1 * xy) / area
     return gain, offset
+
+
+def _spread(patches: np.ndarray, grid: int) -> np.ndarray:
+    """How far apart most of some patches lie, down and across, in patches: float `[2]`."""
+    if not len(patches):
+        return np.zeros(2)
+    low, high = np.percentile(np.stack(np.divmod(patches, grid)), (10, 90), axis=1)
+    return high - low
 
 
 def _numbers(values: np.ndarray) -> str:
