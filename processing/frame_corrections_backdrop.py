@@ -17,10 +17,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-try:
-    import cv2
-except ImportError:
-    cv2 = None
+from .frame_pixels_backdrop import (
+    cell_means,
+    gradients,
+    shifted,
+    shrunk,
+    smooth_luma,
+    stacked,
+    with_exposure_undone,
+)
 
 MAX_SHIFT = 4.0  # pixels, in each direction
 MIN_SHIFT = (
@@ -56,7 +61,6 @@ SHRUNK = (
 # start within its reach, and the finest ends within some hundredths.
 COARSE_STEPS, FINE_STEPS = (4, 0.4), (3, 0.15)
 REWEIGHTS = 3
-SHARPNESS = -0.75  # of cubic interpolation; on photos shifted by half a pixel better than the usual -0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,16 +103,16 @@ class CorrectionTarget:
     def __init__(self, reference: np.ndarray, trusted: np.ndarray, patch_size: int):
         self.patch_size = patch_size
         self.grid = reference.shape[0] // patch_size
-        self.trusted = trusted.astype(bool)
+        self.trusted: np.ndarray = trusted.astype(bool)
         self._trusted_spread = np.maximum(1, _spread(np.flatnonzero(self.trusted), self.grid))
         inner = self._inner(reference)
         fine_cell, coarse_cell = (min(patch_size, max(4, round(patch_size / n))) for n in SHRUNK)
         self._small_side = self.grid * fine_cell
-        small = _shrunk(inner, self._small_side)
-        self._means, self._clipped = _cell_means(small, self.grid), _clipped_share(small, self.grid)
-        fine = _luma(small)
+        small = shrunk(inner, self._small_side)
+        self._means, self._clipped = cell_means(small, self.grid), _clipped_share(small, self.grid)
+        fine = smooth_luma(small)
         self._fine = _Level(fine, self.grid, patch_size)
-        self._coarse = _Level(_shrunk(fine, self.grid * coarse_cell), self.grid, patch_size)
+        self._coarse = _Level(shrunk(fine, self.grid * coarse_cell), self.grid, patch_size)
 
     def correct(self, frame: np.ndarray, follow_exposure: bool = True, align: bool = True) -> Correction:
         """The frame with what could be estimated undone; first the shift, then the exposure.
@@ -153,7 +157,7 @@ class CorrectionTarget:
             Gains, offsets, the residual (see `Correction`), and why it cannot be estimated, None where it can.
         """
         same, none = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
-        small = _shrunk(self._inner(frame), self._small_side)
+        small = shrunk(self._inner(frame), self._small_side)
         clear = (self._clipped <= CLIPPED_SHARE) & (_clipped_share(small, self.grid) <= CLIPPED_SHARE)
         usable = np.flatnonzero(self.trusted & clear.all(axis=1))
         if len(usable) < MIN_PATCHES:
@@ -163,7 +167,7 @@ class CorrectionTarget:
                 float("nan"),
                 f"exposure: {len(usable)} patches are not clipped; wanted {MIN_PATCHES}",
             )
-        known, found = self._means[usable], _cell_means(small, self.grid)[usable]
+        known, found = self._means[usable], cell_means(small, self.grid)[usable]
         some = slice(None, None, -(-len(usable) // TRIED_ON))
         lines = np.array([_best_line(known[some, c], found[some, c]) for c in range(3)])
         for misfit in (ROUGH_MISFIT, FINE_MISFIT, FINE_MISFIT):
@@ -194,7 +198,7 @@ class CorrectionTarget:
         if np.abs(fitted - known[agree]).max() < MIN_CHANGE or after >= before:
             return same, none, float(np.abs(found[agree] - known[agree]).mean()), None
         red, green, blue = gains.tolist()
-        return (red, green, blue), tuple(offsets.tolist()), residual, None  # type: ignore[return-value]
+        return (red, green, blue), tuple(offsets.tolist()), residual, None
 
     # ---- shift
 
@@ -214,10 +218,10 @@ class CorrectionTarget:
         can_tell = self.trusted & (self._fine.texture >= TEXTURE**2)
         if can_tell.sum() < MIN_PATCHES:
             return still, f"shift: {can_tell.sum()} patches have texture; wanted {MIN_PATCHES}"
-        fine = _luma(_shrunk(self._inner(frame), self._small_side))
+        fine = smooth_luma(shrunk(self._inner(frame), self._small_side))
         estimate = np.zeros(2)
         for level, (steps, small_step) in ((self._coarse, COARSE_STEPS), (self._fine, FINE_STEPS)):
-            luma = _shrunk(fine, len(level.luma))
+            luma = shrunk(fine, len(level.luma))
             for _ in range(steps):
                 step, left = level.step(luma, estimate, can_tell)
                 estimate = estimate - step
@@ -258,7 +262,7 @@ class CorrectionTarget:
 
     def _outside(self, shift: tuple[float, float], side: int) -> np.ndarray:
         """Patches whose pixels come from more than half a pixel beyond the last pixel's centre, bool `[P]`."""
-        edges = np.arange(self.grid) * self.patch_size
+        edges: np.ndarray = np.arange(self.grid) * self.patch_size
         beyond = []
         for move in shift:
             first, last = edges + move, edges + self.patch_size - 1 + move
@@ -282,9 +286,9 @@ class _Level:
     def __init__(self, luma: np.ndarray, grid: int, patch_size: int):
         self.luma, self.grid = luma, grid
         self._scale = len(luma) / (grid * patch_size)  # pixels of this level for one of the full size
-        right, down = (gradient * np.float32(self._scale) for gradient in _gradients(luma))
+        right, down = (gradient * np.float32(self._scale) for gradient in gradients(luma))
         self._right, self._down = right, down
-        sums = _cell_means(_stacked(right, down, right * right, right * down, down * down), grid).T
+        sums = cell_means(stacked(right, down, right * right, right * down, down * down), grid).T
         self._mean_right, self._mean_down = sums[:2]
         xx, xy, yy = sums[2] - sums[0] ** 2, sums[3] - sums[0] * sums[1], sums[4] - sums[1] ** 2
         self._tensor = np.stack([xx, xy, yy])  # [3, P]
@@ -293,7 +297,7 @@ class _Level:
     def difference(self, luma: np.ndarray) -> np.ndarray:
         """Variance of a frame's difference within each patch without any shift, grey levels squared, `[P]`."""
         off = luma - self.luma
-        mean, square = _cell_means(_stacked(off, off * off), self.grid).T
+        mean, square = cell_means(stacked(off, off * off), self.grid).T
         return square - mean * mean
 
     def step(
@@ -311,9 +315,7 @@ class _Level:
             left in each of the patches, grey levels squared, `[N]`.
         """
         off = shifted(luma, estimate * self._scale) - self.luma
-        sums = _cell_means(_stacked(off, off * off, off * self._right, off * self._down), self.grid)[
-            can_tell
-        ].T
+        sums = cell_means(stacked(off, off * off, off * self._right, off * self._down), self.grid)[can_tell].T
         mean = sums[0]
         energy = np.maximum(sums[1] - mean**2, 0)
         side = np.stack(
@@ -334,134 +336,10 @@ class _Level:
         return np.array([right, down]), left
 
 
-# ---- applying a correction
-
-
-def with_exposure_undone(
-    frame: np.ndarray, gain: tuple[float, float, float], offset: tuple[float, float, float]
-) -> np.ndarray:
-    """The frame with `(value - offset) / gain` in each channel; what is clipped stays clipped.
-
-    Args:
-        frame: uint8 `[S, S, 3]`.
-        gain, offset: for each channel.
-    """
-    if gain == (1.0, 1.0, 1.0) and offset == (0.0, 0.0, 0.0):
-        return frame
-    levels = (np.arange(256)[:, None] - np.array(offset)) / np.array(gain)
-    levels = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
-    levels[0], levels[255] = 0, 255
-    if cv2 is not None:
-        return cv2.LUT(frame, levels[None])
-    return np.stack([levels[:, c][frame[..., c]] for c in range(3)], axis=-1)
-
-
-def shifted(image: np.ndarray, shift) -> np.ndarray:
-    """What lies (right, down) of each pixel, by cubic interpolation (R. Keys, 1981); edges are repeated.
-
-    Args:
-        image: uint8 or float32 `[H, W]` or `[H, W, C]`.
-        shift: (right, down) in pixels.
-    """
-    (right, down), kernels = np.floor(shift).astype(int), [_cubic(part - np.floor(part)) for part in shift]
-    if not right and not down and all(kernel[1] == 1 for kernel in kernels):
-        return image
-    rows, columns = (
-        np.clip(np.arange(-1, length + 2) + start, 0, length - 1)
-        for length, start in zip(image.shape[:2], (down, right), strict=True)
-    )
-    if cv2 is not None:
-        top, left = max(0, 1 - down), max(0, 1 - right)
-        bottom, far = max(0, down + 2), max(0, right + 2)
-        wide = cv2.copyMakeBorder(image, top, bottom, left, far, cv2.BORDER_REPLICATE)
-        first_row, first_column = top + down - 1, left + right - 1
-        wide = wide[first_row : first_row + len(rows), first_column : first_column + len(columns)]
-        depth = cv2.CV_8U if image.dtype == np.uint8 else cv2.CV_32F
-        # Correlation, anchored at the pixel itself: the kernel's second tap.
-        found = cv2.sepFilter2D(wide, depth, kernels[0], kernels[1], anchor=(1, 1))
-        return np.ascontiguousarray(found[1:-2, 1:-2])
-    lines = image[rows].astype(np.float32)
-    height, width = image.shape[:2]
-    lines = sum(kernels[1][k] * lines[k : k + height] for k in range(4))[:, columns]
-    result = sum(kernels[0][k] * lines[:, k : k + width] for k in range(4))
-    if image.dtype == np.uint8:
-        return np.clip(np.rint(result), 0, 255).astype(np.uint8)
-    return result.astype(image.dtype)
-
-
-def _cubic(part: float) -> np.ndarray:
-    """Weights of the pixels at -1, 0, 1 and 2 for a place `part` of a pixel behind pixel 0, float32 `[4]`."""
-    t, a = float(part), SHARPNESS
-    inner = 1 - (a + 3) * t**2 + (a + 2) * t**3
-    outer = a * t * (1 - t) ** 2
-    last = a * t**2 * (1 - t)
-    return np.array([outer, inner, 1 - inner - outer - last, last], dtype=np.float32)
-
-
-# ---- small pieces
-
-_SMOOTH = np.array([0.25, 0.5, 0.25], dtype=np.float32)
-
-
-def _luma(pixels: np.ndarray) -> np.ndarray:
-    """The mean of the channels, smoothed a little, float32 `[h, w]`: gradients of single pixels are noise."""
-    if cv2 is not None:
-        grey = cv2.transform(pixels, np.full((1, 3), 1 / 3, dtype=np.float32))
-        return cv2.sepFilter2D(grey, cv2.CV_32F, _SMOOTH, _SMOOTH, borderType=cv2.BORDER_REPLICATE)
-    grey = pixels.mean(axis=2, dtype=np.float32)
-    wide = np.pad(grey, 1, mode="edge")
-    lines = (wide[:-2] + 2 * wide[1:-1] + wide[2:]) / 4
-    return (lines[:, :-2] + 2 * lines[:, 1:-1] + lines[:, 2:]) / 4
-
-
-def _gradients(luma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Central differences to the right and down, grey levels a pixel, float32 `[h, w]` each; 0 at the edges."""
-    right, down = np.zeros_like(luma), np.zeros_like(luma)
-    right[:, 1:-1] = (luma[:, 2:] - luma[:, :-2]) / 2
-    down[1:-1] = (luma[2:] - luma[:-2]) / 2
-    return right, down
-
-
-def _shrunk(pixels: np.ndarray, side: int) -> np.ndarray:
-    """A square at a smaller side, each pixel the mean of what it covers, float32 `[side, side]` or `[side, side, C]`."""
-    if cv2 is not None:
-        if side < len(pixels):
-            # Of bytes OpenCV rounds the means to bytes, which averages out over a patch.
-            pixels = cv2.resize(pixels, (side, side), interpolation=cv2.INTER_AREA)
-        return pixels.astype(np.float32)
-    if side == len(pixels):
-        return pixels.astype(np.float32)
-    weights = _area_weights(len(pixels), side)
-    lines = np.tensordot(weights, pixels.astype(np.float32), axes=(1, 0))
-    return np.moveaxis(np.tensordot(weights, lines, axes=(1, 1)), 0, 1)
-
-
-def _area_weights(length: int, parts: int) -> np.ndarray:
-    """Shares of `length` pixels in each of `parts` equal parts of their line, float32 `[parts, length]`."""
-    edges = np.arange(parts + 1) * length / parts
-    pixels = np.arange(length)
-    cover = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    return (np.clip(cover, 0, None) * parts / length).astype(np.float32)
-
-
-def _stacked(*values: np.ndarray) -> np.ndarray:
-    """Arrays of one shape as the channels of one, `[h, w, C]`."""
-    return cv2.merge(values) if cv2 is not None and len(values) <= 4 else np.stack(values, axis=-1)
-
-
-def _cell_means(values: np.ndarray, grid: int) -> np.ndarray:
-    """Means over the cells of a grid: float32 `[n, n, C]`, n a multiple of `grid`, -> `[grid * grid, C]`."""
-    channels = values.shape[2]
-    if cv2 is not None and channels <= 4:
-        return cv2.resize(values, (grid, grid), interpolation=cv2.INTER_AREA).reshape(-1, channels)
-    cell = len(values) // grid
-    return values.reshape(grid, cell, grid, cell, channels).mean(axis=(1, 3)).reshape(-1, channels)
-
-
 def _clipped_share(small: np.ndarray, grid: int) -> np.ndarray:
     """Share of each patch's values that are as dark or as bright as can be, float32 `[P, 3]`."""
     clipped = ((small < 0.5) | (small > 254.5)).astype(np.float32)
-    return _cell_means(clipped, grid)
+    return cell_means(clipped, grid)
 
 
 def _best_line(known: np.ndarray, found: np.ndarray) -> tuple[float, float]:
@@ -489,7 +367,8 @@ def _line(known: np.ndarray, found: np.ndarray, gain: float, offset: float) -> t
         known, found: mean colours of one channel, of the reference and of the frame, `[N]`.
         gain, offset: an estimate, by whose misfit the patches' evidence is weighed.
     """
-    x, y = known.astype(np.float64), found.astype(np.float64)
+    x: np.ndarray = known.astype(np.float64)
+    y: np.ndarray = found.astype(np.float64)
     for _ in range(2):
         misfit = max(LEAST_MISFIT, float(np.abs(y - gain * x - offset).mean()) * 1.25)
         weight = EVIDENCE / misfit**2

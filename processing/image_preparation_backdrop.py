@@ -26,7 +26,7 @@ def placed_image(image, options: dict, backend: PilBackend) -> tuple[np.ndarray,
     """
     geometry = ImageGeometry.from_options(options)
     picture = rgb_picture(upright(image), options.get("input_data_format"))
-    return geometry.apply(picture, backend), geometry.place(*picture.size, backend)
+    return geometry.apply(picture, backend), geometry.place(picture.width, picture.height, backend)
 
 
 def prepared_images(

@@ -49,7 +49,7 @@ class BackdropImageProcessor(PilBackend):
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
-    fit = None
+    fit: str | None = None
     own_padding = True
     patch_size = 14
     split = True

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from backdrop.processing import frame_corrections_backdrop as corrections
-from backdrop.processing.frame_corrections_backdrop import CorrectionTarget, shifted, with_exposure_undone
+from backdrop.processing import frame_pixels_backdrop as frame_pixels
+from backdrop.processing.frame_corrections_backdrop import CorrectionTarget
+from backdrop.processing.frame_pixels_backdrop import shifted, with_exposure_undone
 from backdrop.processing.patch_groups_backdrop import pixel_mask
 from backdrop.processing.staleness_backdrop import patch_staleness
 
@@ -86,7 +87,7 @@ def library(request, monkeypatch):
     if request.param == "opencv":
         pytest.importorskip("cv2")
     else:
-        monkeypatch.setattr(corrections, "cv2", None)
+        monkeypatch.setattr(frame_pixels, "cv2", None)
     return request.param
 
 
@@ -179,7 +180,7 @@ def test_a_shift_in_opencv_is_the_one_in_numpy(seed, right, down, colour):
     image = rng.integers(0, 256, (*shape, 3) if colour else shape, dtype=np.uint8)
     fast = shifted(image, (right, down))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corrections, "cv2", None)
+        patch.setattr(frame_pixels, "cv2", None)
         slow = shifted(image, (right, down))
     assert fast.dtype == np.uint8 and np.abs(fast.astype(int) - slow).max() <= 1
     whole = shifted(image, (2, -1))
@@ -324,5 +325,5 @@ def test_undoing_an_exposure_is_the_same_in_both_ways(reference):
     gain, offset = (1.1, 0.95, 1.0), (3.0, -2.0, 0.5)
     fast = with_exposure_undone(reference, gain, offset)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corrections, "cv2", None)
+        patch.setattr(frame_pixels, "cv2", None)
         assert np.array_equal(fast, with_exposure_undone(reference, gain, offset))
