@@ -369,15 +369,14 @@ def _line(known: np.ndarray, found: np.ndarray, gain: float, offset: float) -> t
     """
     x: np.ndarray = known.astype(np.float64)
     y: np.ndarray = found.astype(np.float64)
-    for _ in range(2):
-        misfit = max(LEAST_MISFIT, float(np.abs(y - gain * x - offset).mean()) * 1.25)
-        weight = EVIDENCE / misfit**2
-        xx, x1 = weight * float((x * x).mean()) + USUAL_GAIN**-2, weight * float(x.mean())
-        one = weight + USUAL_OFFSET**-2
-        xy, y1 = weight * float((x * y).mean()) + USUAL_GAIN**-2, weight * float(y.mean())
-        area = xx * one - x1 * x1
-        gain, offset = (one * xy - x1 * y1) / area, (xx * y1 - x1 * xy) / area
-    return gain, offset
+    misfit = max(LEAST_MISFIT, float(np.abs(y - gain * x - offset).mean()) * 1.25)
+    weight = EVIDENCE / misfit**2
+    share = weight / len(x)
+    xx, x1 = share * float(x @ x) + USUAL_GAIN**-2, share * float(x.sum())
+    one = weight + USUAL_OFFSET**-2
+    xy, y1 = share * float(x @ y) + USUAL_GAIN**-2, share * float(y.sum())
+    area = xx * one - x1 * x1
+    return (one * xy - x1 * y1) / area, (xx * y1 - x1 * xy) / area
 
 
 def _spread(patches: np.ndarray, grid: int) -> np.ndarray:

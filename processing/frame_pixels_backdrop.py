@@ -8,10 +8,14 @@ import numpy as np
 try:
     import cv2
 except ImportError:
-    cv2 = None
+    cv2 = None  # type: ignore[assignment]
 
 SHARPNESS = -0.75  # of cubic interpolation; on photos shifted by half a pixel better than the usual -0.5
 _SMOOTH = np.array([0.25, 0.5, 0.25], dtype=np.float32)
+
+
+def _has_opencv() -> bool:
+    return cv2 is not None
 
 
 def with_exposure_undone(
@@ -28,7 +32,7 @@ def with_exposure_undone(
     levels = (np.arange(256)[:, None] - np.array(offset)) / np.array(gain)
     levels = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
     levels[0], levels[255] = 0, 255
-    if cv2 is not None:
+    if _has_opencv():
         return cv2.LUT(frame, levels[None])
     return np.stack([levels[:, c][frame[..., c]] for c in range(3)], axis=-1)
 
@@ -47,7 +51,7 @@ def shifted(image: np.ndarray, shift) -> np.ndarray:
         np.clip(np.arange(-1, length + 2) + start, 0, length - 1)
         for length, start in zip(image.shape[:2], (down, right), strict=True)
     )
-    if cv2 is not None:
+    if _has_opencv():
         top, left = max(0, 1 - down), max(0, 1 - right)
         bottom, far = max(0, down + 2), max(0, right + 2)
         wide = cv2.copyMakeBorder(image, top, bottom, left, far, cv2.BORDER_REPLICATE)
@@ -77,7 +81,7 @@ def _cubic(part: float) -> np.ndarray:
 
 def smooth_luma(pixels: np.ndarray) -> np.ndarray:
     """The mean of the channels, smoothed a little, float32 `[h, w]`: gradients of single pixels are noise."""
-    if cv2 is not None:
+    if _has_opencv():
         grey = cv2.transform(pixels, np.full((1, 3), 1 / 3, dtype=np.float32))
         return cv2.sepFilter2D(grey, cv2.CV_32F, _SMOOTH, _SMOOTH, borderType=cv2.BORDER_REPLICATE)
     grey = pixels.mean(axis=2, dtype=np.float32)
@@ -96,7 +100,7 @@ def gradients(luma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def shrunk(pixels: np.ndarray, side: int) -> np.ndarray:
     """A square at a smaller side, each pixel the mean of what it covers, float32 `[side, side]` or `[side, side, C]`."""
-    if cv2 is not None:
+    if _has_opencv():
         if side < len(pixels):
             # Of bytes OpenCV rounds the means to bytes, which averages out over a patch.
             pixels = cv2.resize(pixels, (side, side), interpolation=cv2.INTER_AREA)
@@ -118,13 +122,13 @@ def _area_weights(length: int, parts: int) -> np.ndarray:
 
 def stacked(*values: np.ndarray) -> np.ndarray:
     """Arrays of one shape as the channels of one, `[h, w, C]`."""
-    return cv2.merge(values) if cv2 is not None and len(values) <= 4 else np.stack(values, axis=-1)
+    return cv2.merge(values) if _has_opencv() and len(values) <= 4 else np.stack(values, axis=-1)
 
 
 def cell_means(values: np.ndarray, grid: int) -> np.ndarray:
     """Means over the cells of a grid: float32 `[n, n, C]`, n a multiple of `grid`, -> `[grid * grid, C]`."""
     channels = values.shape[2]
-    if cv2 is not None and channels <= 4:
+    if _has_opencv() and channels <= 4:
         return cv2.resize(values, (grid, grid), interpolation=cv2.INTER_AREA).reshape(-1, channels)
     cell = len(values) // grid
     return values.reshape(grid, cell, grid, cell, channels).mean(axis=(1, 3)).reshape(-1, channels)

@@ -109,11 +109,11 @@ class PicturePlacement:
         if (width, height) == (self.side, self.side):
             return found
         scale = np.array([(right - left) / width, (bottom - top) / height] * 2, dtype=np.float32)
-        masks = None
+        masks: np.ndarray | None = None
         if found.masks is not None:
             masks = np.zeros((len(found.masks), self.side, self.side), dtype=bool)
-            rows = (np.arange(bottom - top) * height) // (bottom - top)
-            columns = (np.arange(right - left) * width) // (right - left)
+            rows: np.ndarray = (np.arange(bottom - top) * height) // (bottom - top)
+            columns: np.ndarray = (np.arange(right - left) * width) // (right - left)
             masks[:, top:bottom, left:right] = found.masks[:, rows[:, None], columns]
         xyxy = found.xyxy * scale + np.array([left, top] * 2, dtype=np.float32)
         return Detections(xyxy.astype(np.float32), found.confidence, found.class_id, found.names, masks)
