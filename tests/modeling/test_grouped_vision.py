@@ -88,7 +88,7 @@ def test_padding_that_nobody_owns_is_neither_attended_to_nor_computed(image_proc
     """A padded picture's groups in the tower equal the full tower under a mask in which groups see neither padding
     nor each other, and no layer gets a token of padding."""
     image_processor.fit, image_processor.own_padding = "pad", False
-    image = tiny.photo(*size)
+    image = tiny.photo(*size).convert("L").convert("RGB")  # nothing red but what follows
     image.paste((255, 0, 0), (6, 14, 30, 38))
     split = image_processor(image, return_tensors="pt")
     whole = image_processor(image, split=False, own_padding=True, return_tensors="pt")["pixel_values"]
