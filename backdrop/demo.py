@@ -201,14 +201,23 @@ def _save_pictures(asker: Asker, images: list[Image.Image], folder: Path, rows: 
     for i, image in enumerate(images):
         image.save(folder / f"frame-{i:02d}.png")
     processor = asker.pipe.processor.image_processor
-    pixels = processor.model_images(images[:rows])
+    placed = processor.placed_images(images[:rows])
     panels = []
-    for i, (seen, found) in enumerate(zip(pixels, processor.detections(pixels), strict=True)):
+    detected = processor.detections(*map(list, zip(*placed, strict=True)))
+    for i, ((seen, where), found) in enumerate(zip(placed, detected, strict=True)):
         mask = found.combined_mask(seen.shape[0])
-        parts = [(GROUP_KINDS[p.kind], p.patch_mask) for p in processor.split_groups(seen, mask)]
+        parts = [(GROUP_KINDS[p.kind], p.patch_mask) for p in processor.split_groups(seen, mask, where)]
         panels.append(
             PanelRow(
-                f"frame {i}", images[i], found, seen, mask, parts, processor.patch_size, processor.margin
+                f"frame {i}",
+                images[i],
+                found,
+                seen,
+                mask,
+                parts,
+                processor.patch_size,
+                processor.margin,
+                where,
             )
         )
     split_panels(panels).save(folder / "frames.png")

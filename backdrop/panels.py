@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from backdrop.processing.detections_backdrop import Detections
+from backdrop.processing.picture_placement_backdrop import PicturePlacement
 
 COLUMNS = ("Original image", "What the model sees", "Detector", "Object pixels", "Patch groups")
 
@@ -19,6 +20,7 @@ _UNOWNED = (225, 227, 230)
 _BOXES = ((214, 39, 77), (18, 120, 84), (128, 62, 186), (90, 94, 100), (196, 0, 150), (110, 20, 48))
 _TINT, _MARGIN_TINT = 0.6, 0.25  # strength of the colour over a patch; over one that only the margin adds
 
+_HATCH = 12  # pixels between two lines over what the model does not see, and over padding
 _SMALLEST_PANEL = 320  # smaller images are drawn magnified
 _MARGIN, _GAP = 28, 20
 _TITLE, _NAME, _TEXT, _LABEL = 17, 18, 15, 13  # font sizes
@@ -38,6 +40,7 @@ class PanelRow:
             `[P]` with `P = (S // patch_size) ** 2` in row-major order. Groups may overlap.
         patch_size: Side of a patch in pixels.
         margin: Patches by which the objects were grown.
+        placement: Where the original lies in the model's square; None: not known, nothing is said of it.
     """
 
     name: str
@@ -48,6 +51,7 @@ class PanelRow:
     groups: list[tuple[str, np.ndarray]]
     patch_size: int
     margin: int = 0
+    placement: PicturePlacement | None = None
 
 
 def split_panels(rows: list[PanelRow]) -> Image.Image:
@@ -90,7 +94,8 @@ def split_panels(rows: list[PanelRow]) -> Image.Image:
             draw.rectangle((left - 1, y - 1, left + panel.width, y + panel.height), outline=_FRAME)
             _write(draw, (left, panel_top + side + 8), caption, _TEXT, _FAINT, column_width)
         top += _row_height(row)
-    _legend(draw, _MARGIN, top, max(row.margin for row in rows))
+    hatched = any(row.placement and (any(row.placement.lost) or row.placement.padded) for row in rows)
+    _legend(sheet, _MARGIN, top, max(row.margin for row in rows), hatched)
     return sheet
 
 
@@ -131,17 +136,67 @@ def _panels(row: PanelRow) -> list[tuple[Image.Image, str]]:
     fitted = original.resize(
         [max(1, round(length * shrink)) for length in original.size], Image.Resampling.LANCZOS
     )
+    fitted = _with_cut_hatched(fitted, row.placement)
     seen = _enlarged(row.model_image, side)
+    cut, bars = _loss_in_words(row.placement)
     found = Counter(row.detections.names[int(class_id)] for class_id in row.detections.class_id)
     objects = ", ".join(name if count == 1 else f"{count} x {name}" for name, count in found.items())
     patches, counts = _patch_panel(row, seen)
     return [
-        (fitted, f"{original.width} x {original.height} px"),
-        (seen, f"{size} x {size} px, patches of {row.patch_size} px"),
+        (fitted, f"{original.width} x {original.height} px{cut}"),
+        (
+            _with_bars_hatched(seen, row.placement),
+            f"{size} x {size} px, patches of {row.patch_size} px{bars}",
+        ),
         (_detector_panel(row, seen), objects or "nothing found"),
         (_mask_panel(row, side), f"{row.pixel_mask.mean():.0%} of the pixels"),
         (patches, counts),
     ]
+
+
+def _loss_in_words(placement: PicturePlacement | None) -> tuple[str, str]:
+    """What is added to the captions of the original and of the model's square."""
+    if placement is None:
+        return "", ""
+    width, height = placement.lost
+    losses = [f"{share:.0%} of the {side}" for share, side in ((width, "width"), (height, "height")) if share]
+    cut = f", {' and '.join(losses)} cut off" if losses else ""
+    return cut, f", {placement.padded:.0%} padding" if placement.padded else ""
+
+
+def _with_cut_hatched(fitted: Image.Image, placement: PicturePlacement | None) -> Image.Image:
+    """The original, whose parts that the model does not see are greyed and hatched."""
+    if placement is None or not any(placement.lost):
+        return fitted
+    across, down = fitted.width / placement.width, fitted.height / placement.height
+    left, top, right, bottom = placement.kept_box
+    kept = (round(left * across), round(top * down), round(right * across), round(bottom * down))
+    return _hatched_outside(fitted, kept)
+
+
+def _with_bars_hatched(seen: Image.Image, placement: PicturePlacement | None) -> Image.Image:
+    """The model's square with its bars hatched."""
+    if placement is None or not placement.padded:
+        return seen
+    scale = seen.width / placement.side
+    edges = (placement.left, placement.top, placement.right, placement.bottom)
+    left, top, right, bottom = (min(max(round(float(edge) * scale), 0), seen.width) for edge in edges)
+    return _hatched_outside(seen, (left, top, max(right, left + 1), max(bottom, top + 1)))
+
+
+def _hatched_outside(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """The image, pale and hatched outside a box of its pixels, which gets a frame."""
+    outside = Image.new("L", image.size, 255)
+    outside.paste(0, box)
+    pale = Image.blend(image, Image.new("RGB", image.size, _UNOWNED), 0.65)
+    draw = ImageDraw.Draw(pale)
+    for start in range(-image.height, image.width, _HATCH):
+        draw.line([(start, image.height), (start + image.height, 0)], fill=_FAINT, width=1)
+    result = image.copy()
+    result.paste(pale, mask=outside)
+    if box[2] > box[0] and box[3] > box[1]:
+        ImageDraw.Draw(result).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=_INK)
+    return result
 
 
 def _enlarged(array: np.ndarray, side: int) -> Image.Image:
@@ -239,7 +294,8 @@ def _patch_panel(row: PanelRow, seen: Image.Image) -> tuple[Image.Image, str]:
     return panel, counts + (f", {both} in both" if both else "")
 
 
-def _legend(draw: ImageDraw.ImageDraw, left: int, top: int, margin: int) -> None:
+def _legend(sheet: Image.Image, left: int, top: int, margin: int, hatched: bool) -> None:
+    draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(_TEXT)
     swatch = _TEXT + 1
     margin_colour = tuple(
@@ -262,6 +318,11 @@ def _legend(draw: ImageDraw.ImageDraw, left: int, top: int, margin: int) -> None
         draw.rectangle(box, outline=_FRAME)
         draw.text((left + swatch + 8, top + swatch / 2), text, font=font, fill=_FAINT, anchor="lm")
         left += swatch + 8 + round(font.getlength(text)) + 28
+    if hatched:
+        sample = _hatched_outside(Image.new("RGB", (swatch, swatch), _UNOWNED), (0, 0, 0, 0))
+        sheet.paste(sample, (left, top))
+        text = "cut off, or padding"
+        draw.text((left + swatch + 8, top + swatch / 2), text, font=font, fill=_FAINT, anchor="lm")
 
 
 def _write(

@@ -44,6 +44,7 @@ def convert(
     separate_vision_towers: bool = False,
     separate_projectors: bool = False,
     detector: str | None = None,
+    fit: str | None = None,
     system_prompt: str = VICUNA_SYSTEM_PROMPT,
     **hub_kwargs: Any,
 ) -> tuple[BackdropForConditionalGeneration, BackdropProcessor]:
@@ -54,6 +55,7 @@ def convert(
         separators: add the four separator tokens, started from the mean of the words that describe them.
         num_prefusion_layers, prefusion_rotary, separate_vision_towers, separate_projectors: see `extend_model`.
         detector: name or path of an ultralytics model whose weights the folder will hold; None: no detector.
+        fit: what becomes of images that are not square, "crop", "pad" or "stretch"; None: what the checkpoint does.
         hub_kwargs: `revision`, `token`, `cache_dir`, ...
 
     Raises:
@@ -81,6 +83,8 @@ def convert(
         separate_vision_towers=separate_vision_towers,
         separate_projectors=separate_projectors,
     )
+    if fit is not None:
+        processor.image_processor.fit = fit
     if detector is not None:
         processor.image_processor.set_detector(ObjectDetector.from_name_or_path(detector))
     return model, processor

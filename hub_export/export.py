@@ -193,8 +193,11 @@ def folder_texts(
 ) -> dict[str, str]:
     """Card, licences and requirements by file name; `folder` holds the processor's files already. Else as `export`."""
     detector = _detector_source(folder)
+    images = BackdropImageProcessor.from_pretrained(folder)
     texts = {
-        "README.md": model_card(config, name, base_model, licence, detector, notes),
+        "README.md": model_card(
+            config, name, base_model, licence, detector, notes, images.fit, images.own_padding
+        ),
         "LICENSE": licence_text(licence, detector),
         "requirements.txt": _requirements(),
     }

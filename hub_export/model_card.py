@@ -99,6 +99,16 @@ processor.image_processor.split = False
 {detector_licence}
 {notes}"""
 
+# What becomes of images that are not square, by `fit` and by `own_padding`.
+_CROPPED = "their sides are cut off (`fit='crop'`); of a 16:9 frame 44% of the width is not seen"
+_STRETCHED = "distorted to a square (`fit='stretch'`)"
+_PADDED = "padded with the mean colour (`fit='pad'`)"
+_FITS = {
+    "crop": (_CROPPED, _CROPPED),
+    "pad": (f"{_PADDED}; patches of padding are left out (`own_padding=False`)", _PADDED),
+    "stretch": (_STRETCHED, _STRETCHED),
+}
+
 _LAYOUT = "system text · background · objects · question"
 _LAYOUT_WITH_SEPARATORS = (
     "system text · [BG_START] background [BG_END] [OBJ_START] objects [OBJ_END] · question"
@@ -131,6 +141,8 @@ def model_card(
     licence: str = "apache-2.0",
     detector: str | None = None,
     notes: str = "",
+    fit: str = "crop",
+    own_padding: bool = True,
 ) -> str:
     """README.md of an exported folder.
 
@@ -141,6 +153,7 @@ def model_card(
         licence: of the weights, as the Hub spells licences.
         detector: the checkpoint that the included detector weights came from; None: none are included.
         notes: Markdown for the end: training data, figures.
+        fit, own_padding: the image processor's.
     """
     tower = tower_config(config)
     return _CARD.format(
@@ -150,7 +163,7 @@ def model_card(
         side=tower.image_size,
         patch=tower.patch_size,
         layout=_LAYOUT if config.separator_token_ids is None else _LAYOUT_WITH_SEPARATORS,
-        facts="\n".join(f"- {fact}" for fact in _facts(config, base_model)),
+        facts="\n".join(f"- {fact}" for fact in _facts(config, base_model, _FITS[fit][own_padding])),
         detector=_OWN_DETECTOR.format(source=detector) if detector else _NO_DETECTOR,
         licence=licence,
         of_base=f"; the terms of {base_model} apply too." if base_model else ".",
@@ -179,12 +192,13 @@ def notice_text(detector: str) -> str:
     )
 
 
-def _facts(config: BackdropConfig, base_model: str | None) -> list[str]:
+def _facts(config: BackdropConfig, base_model: str | None, not_square: str) -> list[str]:
     text = config.get_text_config()
     facts = [
         f"Vision tower: {TOWER_NAMES[tower_config(config).model_type]}, {config.num_patches} patches.",
         f"Language model: {text.model_type}, {text.num_hidden_layers} layers, width {text.hidden_size}.",
         f"Prefusion layers: {config.num_prefusion_layers}.",
+        f"Images that are not square: {not_square}.",
     ]
     if base_model is not None:
         facts.append(f"Base model: [{base_model}](https://huggingface.co/{base_model}).")

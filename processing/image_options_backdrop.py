@@ -10,6 +10,9 @@ from .option_checks_backdrop import check_flag, check_number, check_path, check_
 class BackdropImagesKwargs(ImagesKwargs, total=False):
     """Options beyond transformers' own.
 
+    fit: what becomes of an image that is not square. "crop": its sides are cut off; "pad": it gets bars of the mean colour;
+        "stretch": it is distorted. It stands for do_pad, do_center_crop and the form of size; None: what these say.
+    own_padding: False leaves patches of nothing but padding to no group; they cost no token and no computation.
     patch_size: patch side, pixels.
     split: False gives every ordinary image as one background group of all patches (plain LLaVA).
     detector: name or path of an ultralytics model; None: the detector saved in the model's own folder.
@@ -26,6 +29,8 @@ class BackdropImagesKwargs(ImagesKwargs, total=False):
 
     # Any: `check_options` looks at them. transformers' own check of these types takes several lines to say what is wrong, and
     # refuses confidence=1.
+    fit: Any
+    own_padding: Any
     patch_size: Any
     split: Any
     detector: Any
@@ -51,7 +56,7 @@ def check_options(confidence, objects, margin, min_coverage, patch_size, **other
     check_whole_number("margin", margin, "0 or more patches", 0)
     check_number("min_coverage", min_coverage, "0 to 1", 0, 1)
     check_whole_number("patch_size", patch_size, "1 or more pixels", 1)
-    for name in ("split", "overlap", "background_first"):
+    for name in ("split", "overlap", "background_first", "own_padding"):
         if others.get(name) is not None:
             check_flag(name, others[name])
     classes = others.get("classes")

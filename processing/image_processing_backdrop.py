@@ -1,31 +1,32 @@
 """The image processor: images of any kind to patch groups, split by a detector or taken as they stand."""
 
 import copy
+import itertools
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
+from transformers.utils import logging
 
 from .background_matching_backdrop import BackgroundMatcher
 from .call_arguments_backdrop import CONFIGURATION_FIELDS, LOADING_ARGUMENTS, refuse_arguments
 from .detections_backdrop import Detections
 from .detector_backdrop import ObjectDetector
-from .detector_source_backdrop import DetectorSource
-from .image_geometry_backdrop import ImageGeometry
-from .image_loading_backdrop import is_group, load_image, rgb_picture, rgba_array, upright
+from .image_geometry_backdrop import FIT_STEPS, ImageGeometry, settle_fit
+from .image_loading_backdrop import load_image
 from .image_options_backdrop import BackdropImagesKwargs, check_options
+from .image_preparation_backdrop import crop_warning, placed_image, prepared_images
 from .image_splitting_backdrop import ImageSplitter, whole_image_group
-from .lost_groups_backdrop import lost_group
-from .patch_groups_backdrop import METADATA_KEY, PatchGroup, read_group
+from .live_state_backdrop import LiveState
+from .patch_groups_backdrop import PatchGroup, only_patches
+from .picture_placement_backdrop import PicturePlacement
 from .pixel_values_backdrop import pixel_values
 from .processor_code_backdrop import save_processor_code
 
-MAX_THREADS = 4  # that prepare the images of one call
+logger = logging.get_logger(__name__)
 
 
 class BackdropImageProcessor(PilBackend):
@@ -50,6 +51,8 @@ class BackdropImageProcessor(PilBackend):
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
+    fit: str | None = None
+    own_padding = True
     patch_size = 14
     split = True
     detector = None
@@ -65,7 +68,8 @@ class BackdropImageProcessor(PilBackend):
     def __init__(self, **kwargs):
         self._refuse_unknown(kwargs, CONFIGURATION_FIELDS)
         super().__init__(**kwargs)
-        self._live = _LiveState()
+        vars(self).update(settle_fit(vars(self), [n for n, value in kwargs.items() if value is not None]))
+        self._live = LiveState()
         check_options(
             confidence=self.confidence,
             objects=self.objects,
@@ -78,6 +82,12 @@ class BackdropImageProcessor(PilBackend):
             classes=self.classes,
             detector=self.detector,
         )
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if (name == "fit" or name in FIT_STEPS) and "_live" in vars(self):  # `fit` and its steps always agree
+            own = {known: getattr(self, known, None) for known in self._valid_kwargs_names}
+            vars(self).update(settle_fit(self._standardize_kwargs(**own), [name]))
 
     # ---- geometry
 
@@ -102,13 +112,31 @@ class BackdropImageProcessor(PilBackend):
             images: one or more, of any kind that the processor takes.
             options: any of the processor's own, for this call.
         """
-        options = self._with_defaults(options)
-        geometry = ImageGeometry.from_options(options)
-        images = self._prepare_images_structure(images)
-        return [self._model_image(upright(image), geometry, options) for image in images]
+        return [pixels for pixels, _ in self.placed_images(images, **options)]
 
-    def _model_image(self, image, geometry: ImageGeometry, options: dict) -> np.ndarray:
-        return geometry.apply(rgb_picture(image, options.get("input_data_format")), self)
+    def placed_images(self, images, **options) -> list[tuple[np.ndarray, PicturePlacement]]:
+        """Ordinary images as the model sees them, uint8 `[S, S, 3]`, each with where its picture lies in that square.
+
+        Args:
+            images: one or more, of any kind that the processor takes.
+            options: any of the processor's own, for this call.
+        """
+        options = self._with_defaults(options)
+        images = self._prepare_images_structure(images)
+        return [placed_image(image, options, self) for image in images]
+
+    def num_picture_patches(self, width: int, height: int, **options) -> int:
+        """The patches that an image of some size may give to its groups: all, or those that are not only padding.
+
+        Args:
+            width, height: of the image, pixels.
+            options: any of the processor's own, for this call.
+        """
+        options = self._with_defaults(options)
+        geometry, patch_size = ImageGeometry.from_options(options), options["patch_size"]
+        if options["own_padding"]:
+            return (geometry.side // patch_size) ** 2
+        return int(geometry.place(width, height, self).picture_patches(patch_size).sum())
 
     # ---- preprocessing
 
@@ -161,66 +189,74 @@ class BackdropImageProcessor(PilBackend):
             ValueError: a patch group that does not fit this model, an image that is none, or no detector to split with.
         """
         options = self._with_defaults(options)
-        prepared = self._prepared(images, options)
-        split = iter(self._split([image for image in prepared if isinstance(image, np.ndarray)], options))
-        return [next(split) if isinstance(image, np.ndarray) else [image] for image in prepared]
+        prepared = prepared_images(images, options, self)
+        self._note_loss([item[1] for item in prepared if isinstance(item, tuple)], options)
+        split = iter(self._split([item for item in prepared if isinstance(item, tuple)], options))
+        return [next(split) if isinstance(item, tuple) else [item] for item in prepared]
 
-    def _prepared(self, images, options: dict) -> list[PatchGroup | np.ndarray]:
-        """Each image as the group that it is, or as the model sees it, uint8 `[S, S, 3]`."""
-        geometry, patch_size = ImageGeometry.from_options(options), options["patch_size"]
-
-        def prepare(image) -> PatchGroup | np.ndarray:
-            image = upright(image)
-            if is_group(image, geometry.side):
-                metadata = image.info.get(METADATA_KEY) if isinstance(image, Image.Image) else None
-                return read_group(rgba_array(image), geometry.side, patch_size, geometry.name, metadata)
-            lost = lost_group(image, geometry.side, patch_size)
-            if lost is not None:
-                raise ValueError(
-                    f"An image was a patch group once ({lost}); wanted it as it was made, RGBA of {geometry.side} x "
-                    f"{geometry.side} pixels in a lossless format, or the image that it was made from."
-                )
-            return self._model_image(image, geometry, options)
-
-        if len(images) < 2:
-            return [prepare(image) for image in images]
-        with ThreadPoolExecutor(
-            min(MAX_THREADS, len(images))
-        ) as pool:  # PIL resizes without the interpreter's lock
-            return list(pool.map(prepare, images))
-
-    def detections(self, model_images: list[np.ndarray], **options) -> list[Detections]:
-        """What the detector finds, after `confidence`, `classes` and `objects`.
+    def detections(
+        self, model_images: list[np.ndarray], placements: list[PicturePlacement] | None = None, **options
+    ) -> list[Detections]:
+        """What the detector finds, after `confidence`, `classes` and `objects`, in pixels of the model's square.
 
         Args:
             model_images: uint8 `[S, S, 3]` each, see `model_images`.
+            placements: where the pictures lie in them, see `placed_images`: the detector sees these parts alone, and
+                undistorted. None: it sees the squares.
             options: any of the processor's own, for this call.
         """
-        return self._detections(model_images, self._with_defaults(options))
+        return self._detections(model_images, placements, self._with_defaults(options))
 
-    def split_groups(self, pixels: np.ndarray, mask: np.ndarray, **options) -> list[PatchGroup]:
+    def split_groups(
+        self, pixels: np.ndarray, mask: np.ndarray, placement: PicturePlacement | None = None, **options
+    ) -> list[PatchGroup]:
         """The groups of one image, background first.
 
         Args:
             pixels: uint8 `[S, S, 3]`.
             mask: bool `[S, S]`, pixels of objects.
+            placement: where its picture lies in the square; with it `own_padding` is heeded.
             options: any of the processor's own, for this call.
         """
-        return self._splitter(self._with_defaults(options)).split_by_mask(pixels, mask)
+        options = self._with_defaults(options)
+        groups = self._splitter(options).split_by_mask(pixels, mask)
+        return groups if placement is None else _without_padding([groups], placement, options)[0]
 
-    def _split(self, images: list[np.ndarray], options: dict) -> list[list[PatchGroup]]:
+    def _note_loss(self, placements: list[PicturePlacement], options: dict) -> None:
+        """Warns, once in a processor's life, of an image that loses much of itself to the crop."""
+        for placement in placements:
+            warning = None if self._live.noted_loss else crop_warning(placement, options)
+            if warning is not None:
+                self._live.noted_loss = True
+                logger.warning(warning)
+
+    def _split(
+        self, placed: list[tuple[np.ndarray, PicturePlacement]], options: dict
+    ) -> list[list[PatchGroup]]:
+        split: list[list[PatchGroup]] = []
+        for placement, run in itertools.groupby(placed, key=lambda item: item[1]):
+            split += self._split_alike([pixels for pixels, _ in run], placement, options)
+        return split if options["background_first"] else [groups[::-1] for groups in split]
+
+    def _split_alike(
+        self, images: list[np.ndarray], placement: PicturePlacement, options: dict
+    ) -> list[list[PatchGroup]]:
+        """The groups of images whose pictures lie alike in the square."""
+        patch_size, matcher = options["patch_size"], self._live.matcher
+        splitter = self._splitter(options, placement)
         if not options["split"]:
-            return [[whole_image_group(image, options["patch_size"])] for image in images]
-        splitter, matcher = self._splitter(options), self._live.matcher
-        if matcher is None or matcher.bypassed:
+            split = [[whole_image_group(image, patch_size)] for image in images]
+        elif matcher is None or matcher.bypassed:
             split = splitter.split(images)
         else:
             split = splitter.split_matched(images, matcher)
-        return split if options["background_first"] else [groups[::-1] for groups in split]
+        # Up to here padding is background like any other, so that the matcher needs to know nothing of it.
+        return _without_padding(split, placement, options)
 
-    def _splitter(self, options: dict) -> ImageSplitter:
+    def _splitter(self, options: dict, placement: PicturePlacement | None = None) -> ImageSplitter:
         def find_objects(images) -> list[np.ndarray]:
-            found = self._detections(images, options)
+            placements = None if placement is None else [placement] * len(images)
+            found = self._detections(images, placements, options)
             return [item.combined_mask(image.shape[0]) for item, image in zip(found, images, strict=True)]
 
         return ImageSplitter(
@@ -231,9 +267,13 @@ class BackdropImageProcessor(PilBackend):
             find_objects=find_objects,
         )
 
-    def _detections(self, images, options: dict) -> list[Detections]:
+    def _detections(self, images, placements, options: dict) -> list[Detections]:
         detector = self._live.detectors.load(options["detector"], options["detector_device"])
+        if placements is not None:
+            images = [where.view(image) for where, image in zip(placements, images, strict=True)]
         found = detector.detect(images, confidence=options["confidence"], classes=options["classes"])
+        if placements is not None:
+            found = [where.to_square(item) for where, item in zip(placements, found, strict=True)]
         return [item.most_confident() if options["objects"] == "most_confident" else item for item in found]
 
     # ---- matching
@@ -260,7 +300,7 @@ class BackdropImageProcessor(PilBackend):
     def twin(self) -> "BackdropImageProcessor":
         """A processor with the same options and the same detector in memory, whose matching is its own, and off."""
         twin = copy.copy(self)
-        twin._live = _LiveState(self._live.detectors.twin())
+        twin._live = LiveState(self._live.detectors.twin())
         return twin
 
     # ---- options
@@ -278,7 +318,13 @@ class BackdropImageProcessor(PilBackend):
             {name: value for name, value in options.items() if value is not None or name == "classes"}
         )
         check_options(**complete)
-        return self._standardize_kwargs(**complete)
+        complete = self._standardize_kwargs(**complete)
+        # transformers fills a call's options up with the processor's own: what differs from them was asked for.
+        asked = [
+            n for n in ("fit", *FIT_STEPS) if options.get(n) is not None and complete[n] != getattr(self, n)
+        ]
+        complete.update(settle_fit(complete, asked))
+        return complete
 
     @classmethod
     def _refuse_unknown(cls, options, others=frozenset()) -> None:
@@ -371,6 +417,15 @@ class BackdropImageProcessor(PilBackend):
         found.find_detector(pretrained_model_name_or_path, **hub_kwargs)
         return processor
 
+    @classmethod
+    def from_dict(cls, image_processor_dict, **kwargs):
+        """As transformers'; a `fit` among `kwargs` replaces the saved steps that it stands for, and they a saved `fit`."""
+        asked = {name: kwargs[name] for name in ("fit", *FIT_STEPS) if kwargs.get(name) is not None}
+        if asked:
+            complete = cls(**image_processor_dict)._with_defaults(asked)
+            image_processor_dict = image_processor_dict | {n: complete[n] for n in ("fit", *FIT_STEPS)}
+        return super().from_dict(image_processor_dict, **kwargs)
+
     def to_dict(self) -> dict:
         """The options; never the detector in memory, references, or a path of this machine."""
         values = super().to_dict()
@@ -380,26 +435,14 @@ class BackdropImageProcessor(PilBackend):
         return values
 
 
-class _LiveState:
-    """What a processor holds beyond its options.
-
-    A copied or pickled processor keeps the folder of its detector and starts with nothing in memory: transformers copies
-    every attribute of a processor to print or save it.
-    """
-
-    def __init__(self, detectors: DetectorSource | None = None):
-        self.detectors = DetectorSource() if detectors is None else detectors
-        self.matcher: BackgroundMatcher | None = None
-
-    def __deepcopy__(self, copied) -> "_LiveState":
-        return _LiveState(DetectorSource(self.detectors.folder))
-
-    def __reduce__(self):
-        return _live_state_of_folder, (self.detectors.folder,)
-
-
-def _live_state_of_folder(folder: str | None) -> _LiveState:
-    return _LiveState(DetectorSource(folder))
+def _without_padding(
+    split: list[list[PatchGroup]], placement: PicturePlacement, options: dict
+) -> list[list[PatchGroup]]:
+    """The groups of images, which own their padding only where that is wanted."""
+    if options["own_padding"]:
+        return split
+    shown = placement.picture_patches(options["patch_size"])
+    return [only_patches(groups, shown, options["patch_size"]) for groups in split]
 
 
 __all__ = ["BackdropImageProcessor"]

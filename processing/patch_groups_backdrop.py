@@ -47,6 +47,20 @@ def make_group(pixels: np.ndarray, patch_mask: np.ndarray, kind: int, patch_size
     return PatchGroup(only_owned(pixels, patch_mask, patch_size), patch_mask.astype(bool), kind)
 
 
+def only_patches(groups: list[PatchGroup], patches: np.ndarray, patch_size: int) -> list[PatchGroup]:
+    """The groups without what they own beyond some patches; a group that keeps none is left out.
+
+    Args:
+        groups: of one image.
+        patches: bool `[P]`, those that may be owned.
+        patch_size: pixels.
+    """
+    if patches.all():
+        return groups
+    kept = [make_group(group.pixels, group.patch_mask & patches, group.kind, patch_size) for group in groups]
+    return [group for group in kept if group.patch_mask.any()]
+
+
 def only_owned(pixels: np.ndarray, patch_mask: np.ndarray, patch_size: int) -> np.ndarray:
     """A copy of uint8 `[S, S, 3]` that is 0 outside the patches of bool `[P]`."""
     side = pixels.shape[0]

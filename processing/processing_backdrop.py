@@ -178,12 +178,11 @@ class BackdropProcessor(ProcessorMixin):
         """Upper bound of the tokens per image: two groups, both with their extras and separators."""
         if image_sizes is None:
             return MultiModalData()
+        images = self.image_processor
+        around = 2 * self.extra_tokens_per_group + 4 * self.use_separators
         # A patch can be in both groups: a stale one of a matched image, or one in the ring of an overlapping split.
-        patches = 2 * self.image_processor.num_patches
-        tokens = patches + 2 * self.extra_tokens_per_group + 4 * self.use_separators
-        return MultiModalData(
-            num_image_tokens=[tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
-        )
+        tokens = [2 * images.num_picture_patches(width, height) + around for height, width in image_sizes]
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(image_sizes))
 
     # ---- saving and loading
 

@@ -260,7 +260,7 @@ def make_predictor(libs: SimpleNamespace, network: torch.nn.Module, task: str, d
 
 
 def run_predictor(predictor, batch: list[np.ndarray], device: torch.device) -> list:
-    """ultralytics' result for each image of a batch, `[M, M, 3]` uint8 BGR, M a multiple of the stride."""
+    """ultralytics' result for each image of a batch, uint8 BGR `[h, w, 3]` of one size, multiples of the stride."""
     # The size is the images' own, so that ultralytics' letterbox neither scales nor pads.
     predictor.args.imgsz = list(batch[0].shape[:2])
     cuda = [device] if device.type == "cuda" else []
@@ -272,25 +272,27 @@ def run_predictor(predictor, batch: list[np.ndarray], device: torch.device) -> l
     return results
 
 
-def detections_from_result(result, size: int, task: str, names: dict[int, str]) -> Detections:
+def detections_from_result(result, size: tuple[int, int], task: str, names: dict[int, str]) -> Detections:
     """ultralytics' result for one padded image, cut back to the image.
 
     Args:
         result: Of `run_predictor`.
-        size: `S`, the side of the image without its padding, in pixels.
+        size: height and width of the image without its padding, in pixels.
         task: `"segment"` reads the instance masks too.
         names: The detector's class names by class id.
 
     Returns:
-        The detections of which something is left inside `S x S`.
+        The detections of which something is left inside the image.
     """
-    xyxy = result.boxes.xyxy.cpu().numpy().astype(np.float32).clip(0, size)
+    height, width = size
+    xyxy = result.boxes.xyxy.cpu().numpy().astype(np.float32).clip(0, [width, height, width, height])
+    xyxy = xyxy.astype(np.float32)
     keep = (xyxy[:, 2] > xyxy[:, 0]) & (xyxy[:, 3] > xyxy[:, 1])
     masks = None
     if task == "segment":
-        masks = np.zeros((0, size, size), dtype=bool)
+        masks = np.zeros((0, height, width), dtype=bool)
         if result.masks is not None:
-            masks = result.masks.data.cpu().numpy()[:, :size, :size] > 0
+            masks = result.masks.data.cpu().numpy()[:, :height, :width] > 0
             keep &= masks.any(axis=(1, 2))
     found = Detections(
         xyxy=xyxy,

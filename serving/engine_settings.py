@@ -52,6 +52,7 @@ class EngineSettings:
         kv_cache_bytes: size of the KV cache (vLLM's own choice on a GPU is all memory that is left).
         block_size: tokens of a KV-cache block; a background is cached up to its last full block.
         images: patch groups in one request.
+        fit: of the images that the groups were made of, "crop", "pad" or "stretch"; None: the model's own.
         extra: further arguments of vLLM's server.
     """
 
@@ -67,6 +68,7 @@ class EngineSettings:
     kv_cache_bytes: int | None = None
     block_size: int | None = None
     images: int = 32
+    fit: str | None = None
     extra: tuple[str, ...] = ()
 
     @property
@@ -92,6 +94,8 @@ class EngineSettings:
             json.dumps({"image": self.images}),
             "--enable-prompt-tokens-details",
         ]
+        if self.fit is not None:
+            words += ["--mm-processor-kwargs", json.dumps({"fit": self.fit})]
         for name, value in (
             ("max-model-len", self.max_model_len),
             ("max-num-seqs", self.max_num_seqs),

@@ -66,7 +66,7 @@ class SplitFrame:
     Attributes:
         items: the background and the objects, in this order; one of the two may be missing.
         reused: patches whose pixels are a reference's.
-        total: patches of the grid.
+        total: patches that the groups own: those of the grid, without padding that is left out.
     """
 
     items: tuple[GroupItem, ...]
@@ -85,6 +85,8 @@ class FrameSplitter:
     Args:
         processor: the served model's. It is not changed: matching is switched on in a copy that shares its detector.
         tolerance: largest staleness that is reused, grey levels; 10 suits cameras, 0 reuses equal pixels only.
+        fit: what becomes of frames that are not square, "crop", "pad" or "stretch"; None: what the processor says. Groups
+            carry it, and an engine refuses those of another fit.
         matching: options of `BackgroundMatcher`; max_overridden is `MAX_OVERRIDDEN` unless given.
 
     Attributes:
@@ -100,6 +102,7 @@ class FrameSplitter:
         self,
         processor: BackdropProcessor | BackdropImageProcessor,
         tolerance: float = 10.0,
+        fit: str | None = None,
         **matching: Any,
     ) -> None:
         images = getattr(processor, "image_processor", processor)
@@ -110,6 +113,8 @@ class FrameSplitter:
             )
         # A processor has one matcher: a second splitter of the same processor would replace the first one's.
         self.processor = images.twin()
+        if fit is not None:
+            self.processor.fit = fit
         matching = {"max_overridden": MAX_OVERRIDDEN, **matching}
         self.matcher = self.processor.enable_background_matching(tolerance, **matching)
         self._encoded: OrderedDict[str, bytes] = OrderedDict()
@@ -121,7 +126,7 @@ class FrameSplitter:
     @property
     def pads(self) -> bool:
         """Whether images that are not square are padded to a square, which may have many more pixels."""
-        return getattr(self.processor, "do_pad", False)
+        return self.processor.fit == "pad"
 
     @property
     def encoded_backgrounds(self) -> int:
@@ -153,10 +158,11 @@ class FrameSplitter:
             groups = self.processor.image_groups([frame], split=split)[0]
         items = tuple(self.item(group) for group in groups)
         report: MatchReport | None = self._report.value
+        owned = np.logical_or.reduce([group.patch_mask for group in groups])
         reused = 0
         if report is not None and report.reference is not None and not report.refreshed:
-            reused = int((~report.fresh).sum())
-        return SplitFrame(items, reused, len(groups[0].patch_mask))
+            reused = int((~report.fresh & owned).sum())
+        return SplitFrame(items, reused, int(owned.sum()))
 
     def item(self, group: PatchGroup) -> GroupItem:
         """A group, hashed and encoded; the PNGs of the last `ENCODED_GROUPS` backgrounds are not made again."""

@@ -142,7 +142,9 @@ class Gateway:
             if self._processor is None:
                 source = self.settings.processor or await self._engine_source()
                 self._processor = await self._in_thread(BackdropProcessor.from_pretrained, source)
-            self._splitter = FrameSplitter(self.processor, **self.settings.matching.model_dump())
+            self._splitter = FrameSplitter(
+                self.processor, fit=self.settings.fit, **self.settings.matching.model_dump()
+            )
             if self.settings.split:
                 await self._in_thread(self.splitter.load_detector)  # now, not within the first request
             await self.replicas.start()

@@ -4,7 +4,7 @@ Unknown keys of the file are errors, so that a misspelt limit is never silently 
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -84,6 +84,8 @@ class GatewaySettings(BaseModel):
             each start.
         image_hosts: hosts that images may be fetched from, "example.org" or "*.example.org"; empty: no URL is fetched.
         split: False sends whole images to the engine (plain LLaVA), for comparison.
+        fit: what becomes of images that are not square, "crop", "pad" or "stretch"; None: what the processor says. Engines
+            must be told too: `--mm-processor-kwargs '{"fit": "pad"}'`, as `backdrop serve` does for those that it starts.
         health_seconds: time between two health checks of each replica.
         workers: threads that decode, split and match.
     """
@@ -96,6 +98,7 @@ class GatewaySettings(BaseModel):
     secret: str | None = None
     image_hosts: list[str] = []
     split: bool = True
+    fit: Literal["crop", "pad", "stretch"] | None = None
     matching: Matching = Matching()
     limits: Limits = Limits()
     health_seconds: Positive = 2.0

@@ -122,6 +122,7 @@ def plan_engines(
     backgrounds: int | None = None,
     block_size: int | None = None,
     max_images: int = 16,
+    fit: str | None = None,
     extra: tuple[str, ...] = (),
 ) -> tuple[list[EngineSettings], CacheSize | None]:
     """Settings of one engine for each port, and the size of their caches where backgrounds are given.
@@ -130,7 +131,7 @@ def plan_engines(
         model: exported folder or Hub id.
         ports: where the engines listen.
         python: see `find_engine_python`.
-        name, dtype, max_model_len, max_num_seqs, extra: see `EngineSettings`.
+        name, dtype, max_model_len, max_num_seqs, fit, extra: see `EngineSettings`.
         backgrounds: each engine's caches are sized for so many; None: vLLM's own sizes.
         block_size: tokens of a KV-cache block; None: `BLOCK_SIZE`.
         max_images: ordinary images in one request; each becomes up to two patch groups.
@@ -166,6 +167,7 @@ def plan_engines(
             kv_cache_bytes=kv_bytes,
             block_size=block_size,
             images=2 * max_images,
+            fit=fit,
             extra=extra,
         )
         for port in ports

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Json, Licence, examples
+from .options import Fit, Json, Licence, examples
 
 CONVERT_EXAMPLE = examples("backdrop convert llava-hf/llava-1.5-7b-hf runs/start --detector yolov8n.pt")
 EXPORT_EXAMPLE = examples("backdrop export examples/scenes-model runs/my-model --licence apache-2.0")
@@ -28,6 +28,7 @@ def convert(
     prefusion_rotary: Annotated[bool, typer.Option(help="Rotary positions in prefusion.")] = True,
     separate_towers: Annotated[bool, typer.Option(help="A second vision tower for objects.")] = False,
     separate_projectors: Annotated[bool, typer.Option(help="A second projector for objects.")] = False,
+    fit: Fit = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     licence: Licence = "other",
     json_output: Json = False,
@@ -45,6 +46,7 @@ def convert(
         separate_vision_towers=separate_towers,
         separate_projectors=separate_projectors,
         detector=detector,
+        fit=fit,
         **hub,
     )
     base = source if not os.path.isdir(source) else None

@@ -24,6 +24,12 @@ Tolerance = Annotated[
     float,
     typer.Option(help="Largest difference (0-255 grey levels) of a patch that is reused.", min=0, max=255),
 ]
+Fit = Annotated[
+    Literal["crop", "pad", "stretch"] | None,
+    typer.Option(
+        help="Images that are not square: crop their sides off, pad them with bars, or stretch them. Default: the model's own."
+    ),
+]
 Licence = Annotated[
     str, typer.Option(help="Licence of the weights (the base model's), as the Hub spells it.")
 ]

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Json, Tolerance, example_model, examples, known_model
+from .options import Fit, Json, Tolerance, example_model, examples, known_model
 
 if TYPE_CHECKING:
     import numpy as np
 
     from backdrop.processing.detections_backdrop import Detections
     from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
+    from backdrop.processing.picture_placement_backdrop import PicturePlacement
 
 SPLIT_EXAMPLE = examples(
     "backdrop demo --frames 6 --show runs/demo",
@@ -49,6 +50,7 @@ def split(
         str | None, typer.Option(help="Classes that count: names or ids with commas between.")
     ] = None,
     margin: Annotated[int | None, typer.Option(help="Patches by which objects grow.")] = None,
+    fit: Fit = None,
     json_output: Json = False,
 ) -> None:
     """Show how a YOLO detector splits images into background patches and object patches."""
@@ -67,6 +69,8 @@ def split(
             size={"shortest_edge": size}, crop_size=side, patch_size=patch_size
         )
         detector = detector or "yolov8n.pt"
+    if fit is not None:
+        processor.fit = fit
     options = {
         "detector": detector,
         "confidence": confidence,
@@ -75,18 +79,19 @@ def split(
     }
     options = {name: value for name, value in options.items() if value is not None}
     originals = processor.fetch_images([str(path) for path in images])
-    model_images = processor.model_images(originals, **options)
-    found = processor.detections(model_images, **options)
+    placed = processor.placed_images(originals, **options)
+    model_images, placements = [pixels for pixels, _ in placed], [where for _, where in placed]
+    found = processor.detections(model_images, placements, **options)
     grown = options.get("margin", processor.margin)
     rows, records = [], []
-    for path, original, pixels, detections in zip(images, originals, model_images, found, strict=True):
+    for path, original, (pixels, where), detections in zip(images, originals, placed, found, strict=True):
         mask = detections.combined_mask(pixels.shape[0])
-        parts = processor.split_groups(pixels, mask, **options)
+        parts = processor.split_groups(pixels, mask, where, **options)
         named = [(GROUP_KINDS[part.kind], part.patch_mask) for part in parts]
         rows.append(
-            PanelRow(path.name, original, detections, pixels, mask, named, processor.patch_size, grown)
+            PanelRow(path.name, original, detections, pixels, mask, named, processor.patch_size, grown, where)
         )
-        records.append(_split_record(path, detections, named, processor, options))
+        records.append(_split_record(path, detections, named, where, processor, options))
         if groups is not None:
             groups.mkdir(parents=True, exist_ok=True)
             for (kind, _), part in zip(named, parts, strict=True):
@@ -100,21 +105,32 @@ def split(
     else:
         for record in records:
             counts = ", ".join(f"{count} {kind}" for kind, count in record["patches"].items())
-            typer.echo(f"{record['image']}: {counts} patches, {len(record['boxes'])} boxes")
+            lost = [
+                f"{share:.0%} of the {side} cut off" for side, share in record["cut_off"].items() if share
+            ]
+            lost += [f"{record['padding']:.0%} padding"] if record["padding"] else []
+            typer.echo(
+                ", ".join([f"{record['image']}: {counts} patches", f"{len(record['boxes'])} boxes", *lost])
+            )
 
 
 def _split_record(
     path: Path,
     detections: "Detections",
     named: list[tuple[str, "np.ndarray"]],
+    placement: "PicturePlacement",
     processor: "BackdropImageProcessor",
     options: dict,
 ) -> dict:
     names = detections.names
+    cut = dict(zip(("width", "height"), (round(share, 4) for share in placement.lost), strict=True))
     boxes = zip(detections.xyxy, detections.class_id, detections.confidence, strict=True)
     return {
         "image": str(path),
         "detector": processor.load_detector(**options).source,
+        "fit": processor.fit,
+        "cut_off": cut,
+        "padding": round(placement.padded, 4),
         "patches": {kind: int(mask.sum()) for kind, mask in named} | {"total": len(named[0][1])},
         "boxes": [
             {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import examples, known_model
+from .options import Fit, examples, known_model
 
 if TYPE_CHECKING:
     from backdrop.serving.engine import Engine
@@ -64,6 +64,7 @@ def serve(
     split: Annotated[
         bool | None, typer.Option("--split/--no-split", help="--no-split: whole images, plain LLaVA.")
     ] = None,
+    fit: Fit = None,
     start_seconds: Annotated[float, typer.Option(help="Longest time for the engines to start.")] = 600.0,
     log_folder: Annotated[
         Path | None, typer.Option(help="Folder for the engines' logs. Default: a temporary one.")
@@ -90,7 +91,7 @@ def serve(
         if replicas < 1:
             raise ValueError("--replicas is 0; wanted 1 or more, or --replica URL.")
         urls = [f"http://127.0.0.1:{engine_port + i}" for i in range(replicas)]
-    values = {"replicas": urls or None, "processor": model, "split": split}
+    values = {"replicas": urls or None, "processor": model, "split": split, "fit": fit}
     settings = make_settings(
         str(config or "options"), **given | {k: v for k, v in values.items() if v is not None}
     )
@@ -107,6 +108,7 @@ def serve(
             backgrounds=backgrounds,
             block_size=block_size,
             max_images=settings.limits.images,
+            fit=settings.fit,
             extra=tuple(engine_args or ()),
         )
         if size is not None:

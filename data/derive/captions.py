@@ -289,14 +289,14 @@ class CaptionWork:
                 f"the image is {picture.width} x {picture.height} pixels, but its boxes are for "
                 f"{captioned.size[0]} x {captioned.size[1]}"
             )
-        pixels = self.processor.model_images([picture])[0]
+        pixels, placement = self.processor.placed_images([picture])[0]
         masks = box_masks(captioned, self.processor)
         if self.split_by == "detector":
-            objects = self.processor.detections([pixels])[0].combined_mask(pixels.shape[0])
+            objects = self.processor.detections([pixels], [placement])[0].combined_mask(pixels.shape[0])
         else:
             owned = [masks[box.name] for box in captioned.boxes if box.is_object]
             objects = np.any([np.zeros(pixels.shape[:2], dtype=bool), *owned], axis=0)
-        groups = {group.kind: group for group in self.processor.split_groups(pixels, objects)}
+        groups = {group.kind: group for group in self.processor.split_groups(pixels, objects, placement)}
         cropped = any(not mask.any() for mask in masks.values())
         if len(groups) == 1 and not cropped:  # all that is said is said of it
             said: dict[int, list[str | None]] = {kind: [*captioned.captions] for kind in groups}

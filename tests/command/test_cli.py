@@ -72,6 +72,41 @@ def test_split_writes_json_groups_and_a_picture(monkeypatch, capsys, tmp_path, i
 
 
 @pytest.mark.parametrize(
+    ("fit", "said", "record"),
+    [
+        ("crop", "50% of the width cut off", {"cut_off": {"width": 0.5, "height": 0.0}, "padding": 0.0}),
+        ("pad", "50% padding", {"cut_off": {"width": 0.0, "height": 0.0}, "padding": 0.5}),
+        ("stretch", "1 boxes\n", {"cut_off": {"width": 0.0, "height": 0.0}, "padding": 0.0}),
+    ],
+)
+def test_split_shows_what_is_cut_off_or_padded(
+    monkeypatch, capsys, tmp_path, image_processor, fit, said, record
+):
+    from red_square import scene
+
+    from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
+
+    monkeypatch.setattr(
+        BackdropImageProcessor, "from_pretrained", classmethod(lambda cls, *a, **k: image_processor)
+    )
+    wide = Image.new("RGB", (112, 56), (90, 90, 90))
+    wide.paste(scene(14, 14), (28, 0))
+    wide.save(tmp_path / "a.png")
+    scene(14, 14).save(tmp_path / "square.png")
+    words = ("split", tmp_path / "a.png", "--model", "x", "--fit", fit, "--out")
+    code, out, _ = run(monkeypatch, capsys, *words, tmp_path / "wide.png")
+    assert code == 0 and said in out
+    code, out, _ = run(monkeypatch, capsys, *words, tmp_path / "wide.png", "--json")
+    (found,) = json.loads(out)
+    assert found["fit"] == fit and {name: found[name] for name in record} == record
+    assert len(found["boxes"]) == 1
+    # The hatching is there exactly where something is lost or padded.
+    sheet = np.asarray(Image.open(tmp_path / "wide.png").convert("RGB"))
+    hatched = (sheet == (110, 116, 124)).all(-1)[60:380].sum()
+    assert (hatched > 1000) == (fit != "stretch")
+
+
+@pytest.mark.parametrize(
     "command", ["bench ttft", "bench camera", "bench matching", "cache stats", "cache prune", "cache verify"]
 )
 def test_help_of_grouped_commands_shows_a_real_example(command):

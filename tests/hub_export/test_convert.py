@@ -10,6 +10,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from backdrop.hub_export.convert import convert
+from backdrop.hub_export.export import export
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.processing_backdrop import SEPARATOR_TOKENS, BackdropProcessor
 
@@ -182,3 +183,32 @@ def test_the_pipeline_gives_the_same_for_an_image_and_its_groups(processor, chat
     image = scene(14, 14)
     one, two = ask([image]), ask(groups_of(processor.image_processor, image))
     assert one["generated_text"][-1] == two["generated_text"][-1]
+
+
+@pytest.mark.parametrize(
+    "own", [{}, {"do_pad": True}, {"size": {"height": 56, "width": 56}, "do_center_crop": False}]
+)
+@pytest.mark.parametrize("fit", [None, "crop", "pad", "stretch"])
+def test_the_fit_is_the_checkpoints_own_or_the_one_asked_for(tmp_path, own, fit):
+    side = {"height": tiny.SIDE, "width": tiny.SIDE}
+    theirs = {"size": {"shortest_edge": tiny.SIDE}, "crop_size": side, **own}
+    write_llava(tmp_path / "llava", "newest")
+    image_processor = LlavaImageProcessorPil(**theirs)
+    loaded = LlavaProcessor.from_pretrained(tmp_path / "llava")
+    loaded.image_processor = image_processor
+    loaded.save_pretrained(tmp_path / "llava")
+    model, processor = convert(tmp_path / "llava", fit=fit)
+    checkpoints = "pad" if own.get("do_pad") else "stretch" if own else "crop"
+    assert processor.image_processor.fit == (fit or checkpoints)
+    image = tiny.photo(90, 50)
+    if fit in (None, checkpoints):
+        wanted = image_processor(image, return_tensors="pt")["pixel_values"]
+        found = processor.image_processor(image, split=False, return_tensors="pt")["pixel_values"]
+        assert torch.equal(found, wanted)
+    processor.image_processor.own_padding = False
+    export(model, processor, tmp_path / "out")
+    again = BackdropProcessor.from_pretrained(tmp_path / "out").image_processor
+    assert (again.fit, again.own_padding) == (fit or checkpoints, False)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"`fit='{fit or checkpoints}'`" in card
+    assert ("own_padding=False" in card) == (again.fit == "pad")

@@ -80,3 +80,32 @@ def test_layers_behind_the_feature_layer_are_not_computed():
         layer.register_forward_hook(lambda *_, i=i: ran.append(i))
     encode_groups(tower, torch.randn(1, 3, tiny.SIDE, tiny.SIDE), torch.ones(1, 16, dtype=torch.bool), -2)
     assert ran == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "dinov2"])
+@pytest.mark.parametrize("size", [(112, 40), (40, 100)])
+def test_padding_that_nobody_owns_is_neither_attended_to_nor_computed(image_processor, name, size):
+    """A padded picture's groups in the tower equal the full tower under a mask in which groups see neither padding
+    nor each other, and no layer gets a token of padding."""
+    image_processor.fit, image_processor.own_padding = "pad", False
+    image = tiny.photo(*size).convert("L").convert("RGB")  # nothing red but what follows
+    image.paste((255, 0, 0), (6, 14, 30, 38))
+    split = image_processor(image, return_tensors="pt")
+    whole = image_processor(image, split=False, own_padding=True, return_tensors="pt")["pixel_values"]
+    masks = split["patch_mask"]
+    assert len(masks) == 2 and whole.shape[0] == 1
+    ((_, placement),) = image_processor.placed_images([image])
+    assert torch.equal(masks.any(0), torch.from_numpy(placement.picture_patches(tiny.PATCH)))
+    tower = TOWER_CLASSES[name](tiny.TOWERS[name]()).eval()
+    layers = tower.encoder.layer if hasattr(tower.encoder, "layer") else tower.encoder.layers
+    seen = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0] * args[0].shape[1]))
+    with torch.no_grad():
+        found = encode_groups(tower, split["pixel_values"], masks, -2, "full")
+        computed = seen.copy()
+        expected = block_diagonal(tower, whole, masks, -2, PREFIX[name])
+    tokens = int(masks.sum()) + len(masks) * PREFIX[name]
+    assert computed and set(computed) == {tokens} and tokens < tiny.PATCHES
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine[PREFIX[name] :], theirs, atol=2e-5, rtol=1e-4)

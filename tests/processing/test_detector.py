@@ -63,6 +63,19 @@ class TestDetect:
             together, tiny_detectors[task].detect(batch, confidence=EVERYTHING, batch_size=2)
         )
 
+    @pytest.mark.parametrize("task", ["detect", "segment"])
+    def test_images_of_other_shapes_are_the_top_left_part_of_their_padding(self, tiny_detectors, task):
+        """A wide, a tall and a square image in one call, each as if it stood alone."""
+        batch = [random_images(1, 96)[0][:h, :w] for h, w in ((40, 90), (40, 90), (96, 33), (64, 64))]
+        together = tiny_detectors[task].detect(batch, confidence=EVERYTHING, batch_size=2)
+        alone = [tiny_detectors[task].detect([image], confidence=EVERYTHING)[0] for image in batch]
+        assert_equal_detections(together, alone)
+        for image, found in zip(batch, together, strict=True):
+            height, width = image.shape[:2]
+            assert len(found.xyxy) and (found.xyxy >= 0).all()
+            assert (found.xyxy <= [width, height, width, height]).all()
+            assert found.masks is None or found.masks.shape[1:] == (height, width)
+
     def test_classes_by_id_and_name(self, tiny_detectors):
         detector, batch = tiny_detectors["detect"], random_images(1, 168)
         assert detector.names == {0: "0", 1: "1", 2: "2", 3: "3"}
@@ -98,9 +111,8 @@ class TestDetect:
         ("batch", "options", "message"),
         [
             ([np.zeros((64, 64, 3), np.float32)], {}, "dtype float32"),
-            ([np.zeros((64, 32, 3), np.uint8)], {}, "(64, 32, 3)"),
             ([np.zeros((64, 64, 4), np.uint8)], {}, "(64, 64, 4)"),
-            ([np.zeros((64, 64, 3), np.uint8), np.zeros((32, 32, 3), np.uint8)], {}, "(32, 32, 3)"),
+            ([np.zeros((0, 64, 3), np.uint8)], {}, "(0, 64, 3)"),
             ([], {"confidence": 25}, "confidence is 25"),
             ([], {"iou": -0.1}, "iou is -0.1"),
             ([], {"batch_size": 0}, "batch_size is 0"),

@@ -142,7 +142,7 @@ def test_what_lies_in_the_padding_is_dropped():
             conf = torch.tensor([0.9, 0.8])
             cls = torch.tensor([1.0, 2.0])
 
-    found = detections_from_result(Result, 50, "detect", {})
+    found = detections_from_result(Result, (50, 50), "detect", {})
     np.testing.assert_array_equal(found.xyxy, [[10, 10, 40, 50]])
     assert found.class_id.tolist() == [1]
 

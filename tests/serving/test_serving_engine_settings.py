@@ -32,10 +32,12 @@ def test_the_command_line():
         kv_cache_bytes=2**28,
         block_size=32,
         images=4,
+        fit="pad",
         extra=("--enforce-eager", "--seed", "0"),
     )
     words = full.command()
     found = {name: value for name, value in zip(words, words[1:], strict=False) if name.startswith("--")}
+    assert found["--mm-processor-kwargs"] == '{"fit": "pad"}'
     assert found["--served-model-name"] == "scenes" and found["--dtype"] == "bfloat16"
     assert (found["--host"], found["--port"]) == ("0.0.0.0", "9000") and full.url == "http://0.0.0.0:9000"
     assert (found["--max-model-len"], found["--max-num-seqs"], found["--block-size"]) == ("512", "4", "32")

@@ -85,3 +85,16 @@ def test_streets_that_differ_in_their_sign_are_two_backgrounds(example_processor
         theirs = splitter.split(Image.fromarray(first)).background.key
         found = splitter.split(Image.fromarray(second))
         assert (found.background.key == theirs) == alike == bool(found.reused)
+
+
+def test_padding_that_nobody_owns_is_neither_sent_nor_counted(processor):
+    """A wide frame twice: the second reuses all of its own patches, and the bars are in no item."""
+    processor.image_processor.own_padding = False
+    splitter = FrameSplitter(processor, fit="pad")
+    assert processor.image_processor.fit == "crop" and splitter.pads
+    frame = Image.new("RGB", (112, 56), (90, 90, 90))
+    first, second = splitter.split(frame), splitter.split(frame)
+    assert (first.total, first.reused) == (8, 0) and (second.total, second.reused) == (8, 8)
+    (item,) = second.items
+    assert item.patches == 8 and item == first.background
+    assert FrameSplitter(processor).split(frame).background.key != item.key
