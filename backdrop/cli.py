@@ -22,6 +22,7 @@ from .commands import (
     scenes,
     serve,
     train,
+    watch,
 )
 
 app = typer.Typer(
@@ -52,6 +53,7 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("demo", rich_help_panel=USE, **pictures.DEMO_EXAMPLE)(pictures.demo)
 app.command("split", rich_help_panel=USE, **pictures.SPLIT_EXAMPLE)(pictures.split)
 app.command("ask", rich_help_panel=USE, **pictures.ASK_EXAMPLE)(pictures.ask)
+app.command("watch", rich_help_panel=USE, **watch.EXAMPLE)(watch.watch)
 
 app.command("convert", rich_help_panel=TRAIN, **hub.CONVERT_EXAMPLE)(hub.convert)
 app.command("data", rich_help_panel=TRAIN, **train.DATA_EXAMPLE)(train.data)
