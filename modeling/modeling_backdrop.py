@@ -30,6 +30,7 @@ from .generation_backdrop import BackdropGenerationMixin
 from .group_features_backdrop import group_features
 from .prefix_pass_backdrop import release_background
 from .prefusion_backdrop import BackdropPrefusion
+from .several_processes_backdrop import runs_every_part, with_every_kind
 from .strict_loading_backdrop import StrictLoadingMixin
 
 
@@ -208,10 +209,17 @@ class BackdropModel(BackdropPreTrainedModel):
             raise ValueError("You cannot specify both pixel_values and image_embeds at the same time")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        blanks = 0
+        if image_embeds is None and runs_every_part(self):
+            groups = (pixel_values, patch_mask, group_kind)
+            pixel_values, patch_mask, group_kind, blanks = with_every_kind(self, inputs_embeds, *groups)
         if pixel_values is not None:
-            image_embeds = torch.cat(
-                self.get_image_features(pixel_values, patch_mask, group_kind, return_dict=True).pooler_output
-            )
+            encoded = self.get_image_features(pixel_values, patch_mask, group_kind, return_dict=True)
+            features = list(encoded.pooler_output)
+            while blanks:  # their gradients are zeros, and the values stay what they are
+                inputs_embeds = inputs_embeds + 0 * features.pop().sum().to(inputs_embeds)
+                blanks -= 1
+            image_embeds = torch.cat(features) if features else None
         inputs_embeds = self._replace_placeholders(input_ids, inputs_embeds, image_embeds)
         if self.config.num_prefusion_layers:
             if past_key_values is None and (
