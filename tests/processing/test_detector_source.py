@@ -9,6 +9,7 @@ from tiny_yolo import EVERYTHING, assert_equal_detections, random_images, tiny_y
 from backdrop.processing import detector_source_backdrop
 from backdrop.processing.detector_source_backdrop import DetectorSource
 
+
 class Recorder:
     """Stands in for `ObjectDetector`: where was it asked to be?"""
 
