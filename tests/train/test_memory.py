@@ -214,7 +214,9 @@ def test_processes_share_what_they_divide(tmp_path):
 
 
 def test_a_row_must_hold_its_images(tmp_path):
-    with pytest.raises(ValueError, match="sequence_length is 16; wanted more than the 16 tokens of 2 patch group"):
+    with pytest.raises(
+        ValueError, match="sequence_length is 16; wanted more than the 16 tokens of 2 patch group"
+    ):
         of(tmp_path, length=16)
 
 
