@@ -74,6 +74,16 @@ def export(
     base_model: Annotated[str | None, typer.Option(help="Base model for the model card.")] = None,
     notes: Annotated[Path | None, typer.Option(help="Markdown file that goes into the model card.")] = None,
     licence: Licence = "other",
+    language: Annotated[
+        list[str] | None,
+        typer.Option(help="Language that the model answers in, such as en; may be repeated."),
+    ] = None,
+    figures: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="JSON of measured figures for the card: summary.json of `backdrop eval`; may be repeated."
+        ),
+    ] = None,
     fold: Annotated[
         bool,
         typer.Option(
@@ -85,9 +95,13 @@ def export(
 ) -> None:
     """Write a complete Hub folder that loads with nothing of ours installed."""
     from backdrop.hub_export.export import export_checkpoint
+    from backdrop.hub_export.model_card import read_figures
 
     text = notes.read_text() if notes else ""
-    files = export_checkpoint(checkpoint, out, base_model, licence, text, fold)
+    measured = [figure for path in figures or [] for figure in read_figures(path)]
+    files = export_checkpoint(
+        checkpoint, out, base_model, licence, text, fold, language=language or (), figures=measured
+    )
     if json_output:
         typer.echo(json.dumps({"folder": str(out), "files": len(files)}))
     else:
