@@ -33,6 +33,12 @@ ALIASES = {
 }
 # JSON files that lie beside rows: the account of bad ones, and what `datasets` notes of a repository.
 _NO_ROWS = ("bad_rows.json", "dataset_infos.json")
+# Hub repositories that hold a loading script alone -> what holds the same rows as parquet.
+PARQUET_MIRRORS = {
+    "HuggingFaceM4/VQAv2": "lmms-lab/VQAv2 (validation, no train)",
+    "nlphuji/flickr30k": "lmms-lab/flickr30k (one split, test)",
+    "facebook/textvqa": "lmms-lab/textvqa",
+}
 _FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 
 
@@ -194,9 +200,11 @@ def _one_line(source: str) -> Iterator[None]:
 def _reason(source: str, error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if "scripts are no longer supported" in text:
+        known = PARQUET_MIRRORS.get(source)
         return (
-            f"{source} holds a loading script, which `datasets` no longer runs, and no files of rows; wanted a mirror in "
-            "parquet, or the dataset's original files in a folder (docs/guides/data.md names some)."
+            f"{source} holds a loading script, which `datasets` no longer runs, and no files of rows; wanted "
+            + (f"{known}, or " if known else "a mirror in parquet, or ")
+            + "the dataset's original files in a folder (docs/guides/data.md)."
         )
     return f"{source} cannot be loaded: {text[:300]}"
 

@@ -23,6 +23,7 @@ from backdrop.processing.processing_backdrop import BackdropProcessor
 from .chat_template import VICUNA_SYSTEM_PROMPT, chat_template
 from .checkpoint import tower_config
 from .extend import extend_model
+from .model_folder import check_not_quantised
 from .source_template import is_vicuna, keep_template
 from .tokens import prepare_tokens
 
@@ -71,6 +72,7 @@ def convert(
             f"{str(source)!r} is a {source_config.model_type!r} model; wanted 'llava' (LlavaForConditionalGeneration "
             "with a tower of one fixed resolution)."
         )
+    check_not_quantised(str(source), source_config.to_dict())
     config = _backdrop_config(source_config)
     model = BackdropForConditionalGeneration.from_pretrained(
         source, config=config, key_mapping=KEY_MAPPING, dtype="auto", **hub_kwargs

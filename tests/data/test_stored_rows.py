@@ -173,3 +173,14 @@ def test_every_error_of_datasets_is_one_line(monkeypatch, error, message):
     with pytest.raises(ValueError, match=message) as raised:
         load_rows("rows", "own/set")
     assert "\n" not in str(raised.value)
+
+
+def test_a_repository_of_scripts_names_a_mirror_in_parquet(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("Dataset scripts are no longer supported, but found VQAv2.py")
+
+    monkeypatch.setattr(files, "get_dataset_split_names", fail)
+    with pytest.raises(
+        ValueError, match=r"loading script, .* wanted lmms-lab/VQAv2 \(validation, no train\), or"
+    ):
+        load_rows("vqav2", "HuggingFaceM4/VQAv2", streaming=True)
