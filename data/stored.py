@@ -36,7 +36,7 @@ def stored_columns(found: Collection[str], where: str) -> list[str]:
     Raises:
         ValueError: it has no messages or no images in any form; the message names `where` it comes from.
     """
-    chosen = []
+    chosen: list[str] = []
     for forms in FORMS:
         names = next((form for form in forms if all(name in found for name in form)), None)
         if names is None:

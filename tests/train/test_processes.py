@@ -191,3 +191,22 @@ def test_trl_sft_runs_on_the_exported_folder(base, fork_server):
     )
     assert BackdropProcessor.from_pretrained(base / "trl").use_separators
     BackdropForConditionalGeneration.from_pretrained(base / "trl")
+
+
+@pytest.mark.real
+def test_sharded_processes_with_mixed_rows_train_alike(base, fork_server):
+    """FSDP2 gathers a layer's shards where all processes reach it: the tower's too, in a process with text alone."""
+    save_mixed(base, tiny_yaml(base, "detect"))
+    trains = ["vision_tower", "multi_modal_projector", "prefusion", "language_model"]
+    options = ["--dataset", base / "mixed", "--trainable", *trains, "--separate_vision_towers", "true"]
+    options += ["--max_steps", 3, "--logging_steps", 1, "--seed", 3, "--save_strategy", "no"]
+    options += ["--train_sampling_strategy", "sequential", "--optim", "sgd", "--learning_rate", 0.1]
+    fork_server.run(
+        programs.train_sharded,
+        words(base, *options, "--per_device_train_batch_size", 2, out="two"),
+        log=base / "two.log",
+        processes=2,
+    )
+    run(*parse(words(base, *options, "--per_device_train_batch_size", 4, out="one")))
+    one, two = (logged_losses(base / name) for name in ("one", "two"))
+    assert len(two) == 3 and two == pytest.approx(one, rel=1e-3)
