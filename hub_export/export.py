@@ -27,7 +27,7 @@ from backdrop.processing.processing_backdrop import BackdropProcessor
 
 from .checkpoint import ADAPTER_FILES, load_checkpoint
 from .extend import fold_prefusion
-from .model_card import Figure, licence_text, model_card, notice_text, recorded_base
+from .model_card import SAMPLE, Figure, licence_text, model_card, notice_text, recorded_base
 
 MODEL_CLASSES = {
     "AutoConfig": BackdropConfig,
@@ -44,7 +44,7 @@ LOADING_REQUIREMENTS = ("numpy", "pillow", "safetensors", "torch", "transformers
 # By these an earlier export is known from a checkpoint, which nobody wants replaced.
 EXPORT_MARKS = ("README.md", "LICENSE", "requirements.txt", "modeling_backdrop.py")
 EXPORTED_NAMES = re.compile(
-    r"[^.].*\.(py|json|jinja|safetensors|model|txt)|README\.md|LICENSE|NOTICE|additional_chat_templates"
+    r"[^.].*\.(py|json|jinja|safetensors|model|txt)|README\.md|sample\.png|LICENSE|NOTICE|additional_chat_templates"
 )
 
 
@@ -58,6 +58,8 @@ def export(
     *,
     language: Sequence[str] = (),
     figures: Sequence[Figure] = (),
+    sample: Path | None = None,
+    questions: Sequence[str] = (),
 ) -> list[str]:
     """Writes the complete folder, or nothing.
 
@@ -68,6 +70,7 @@ def export(
         licence: of the model's weights, as the Hub spells licences.
         notes: Markdown for the model card: training data, figures.
         language, figures: see `model_card`.
+        sample, questions: a picture (PNG) for the card, and questions about it that the model answers rightly.
 
     Returns:
         The names of the files written.
@@ -77,6 +80,10 @@ def export(
     """
     if base_model is not None:
         validate_repo_id(base_model)
+    if (sample is None) != (not questions):
+        raise ValueError(
+            "A sample picture and questions about it belong together; one of the two is missing."
+        )
     _check_classes(model, processor)
     _check_fit(model, processor)
     out = Path(out).resolve()
@@ -97,7 +104,9 @@ def export(
                 (building / name).write_text(
                     json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
                 )
-        about = {"language": language, "figures": figures}
+        about: dict[str, Any] = {"language": language, "figures": figures, "questions": questions}
+        if sample is not None:
+            shutil.copyfile(sample, building / SAMPLE)
         texts = folder_texts(building, model.config, out.name, base_model, licence, notes, **about)
         for name, text in texts.items():
             (building / name).write_text(text, encoding="utf-8")
@@ -120,12 +129,14 @@ def export_checkpoint(
     *,
     language: Sequence[str] = (),
     figures: Sequence[Figure] = (),
+    sample: Path | None = None,
+    questions: Sequence[str] = (),
 ) -> list[str]:
     """`export` of a folder that `save_pretrained`, the converter or a trainer wrote; an adapter is merged first.
 
     Args:
         checkpoint: holds weights and processor, or a peft adapter, whose base is loaded from where it says.
-        out, base_model, licence, notes, language, figures: see `export`; `base_model` None: what the checkpoint's card,
+        out, base_model, licence, notes, language, figures, sample, questions: see `export`; `base_model` None: what the checkpoint's card,
             or that of one before it, says.
         fold: prefusion layers become the first layers of the language model, as serving engines need them.
     """
@@ -133,7 +144,13 @@ def export_checkpoint(
     if fold:
         fold_prefusion(model)
     base = base_model or recorded_base(checkpoint)
-    return export(model, processor, out, base, licence, notes, language=language, figures=figures)
+    about: dict[str, Any] = {
+        "language": language,
+        "figures": figures,
+        "sample": sample,
+        "questions": questions,
+    }
+    return export(model, processor, out, base, licence, notes, **about)
 
 
 # ---- checks
@@ -218,7 +235,7 @@ def folder_texts(
     """Card, licences and requirements by file name; `folder` holds the processor's files already.
 
     Args:
-        about: `language` and `figures` of `model_card`. Else as `export`.
+        about: `language`, `figures` and `questions` of `model_card`. Else as `export`.
     """
     detector = _detector_source(folder)
     texts = {

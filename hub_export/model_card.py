@@ -79,7 +79,7 @@ content = [{{"type": "image", "image": "photo.jpg"}}, {{"type": "text", "text": 
 print(pipe(text=[{{"role": "user", "content": content}}], max_new_tokens=40, return_full_text=False))
 ```
 
-## Reuse of the background
+{sample}## Reuse of the background
 
 ```python
 from PIL import Image
@@ -126,6 +126,15 @@ processor.image_processor.split = False
 {detector_licence}
 {notes}"""
 
+SAMPLE = "sample.png"
+_SAMPLE_SECTION = """\
+## A picture to try
+
+![A picture and questions about it]({picture})
+
+{questions}
+
+"""
 _LAYOUT = "system text · background · objects · question"
 _LAYOUT_WITH_SEPARATORS = (
     "system text · [BG_START] background [BG_END] [OBJ_START] objects [OBJ_END] · question"
@@ -160,6 +169,7 @@ def model_card(
     notes: str = "",
     language: Sequence[str] = (),
     figures: Sequence[Figure] = (),
+    questions: Sequence[str] = (),
 ) -> str:
     """README.md of an exported folder.
 
@@ -172,10 +182,11 @@ def model_card(
         notes: Markdown for the end: training data, figures.
         language: codes of the languages that the model answers in, such as "en".
         figures: measured ones.
+        questions: about the picture `SAMPLE` of the folder, which the model answers rightly; (): there is no picture.
     """
     tower = tower_config(config)
     return _CARD.format(
-        front_matter=_front_matter(name, base_model, licence, detector, language, figures),
+        front_matter=_front_matter(name, base_model, licence, detector, language, figures, questions),
         name=name,
         placeholder=REPO_PLACEHOLDER,
         side=tower.image_size,
@@ -186,6 +197,11 @@ def model_card(
         licence=licence,
         of_base=f"; the terms of {base_model} apply too." if base_model else ".",
         detector_licence=_OWN_DETECTOR_LICENCE if detector else _NO_DETECTOR_LICENCE,
+        sample=_SAMPLE_SECTION.format(
+            picture=SAMPLE, questions="\n".join(f"- {question}" for question in questions)
+        )
+        if questions
+        else "",
         notes=f"\n## Notes\n\n{notes.strip()}\n" if notes.strip() else "",
     )
 
@@ -231,6 +247,7 @@ def _front_matter(
     detector: str | None,
     language: Sequence[str],
     figures: Sequence[Figure],
+    questions: Sequence[str],
 ) -> str:
     """What the Hub reads of a card, by a YAML writer: any text may stand in any field."""
     fields: dict[str, Any] = {"license": licence}
@@ -247,6 +264,8 @@ def _front_matter(
         fields["language"] = list(language)
     fields |= {"pipeline_tag": "image-text-to-text", "library_name": "transformers"}
     fields["tags"] = ["backdrop", "custom_code", "llava", "background-reuse"]
+    if questions:
+        fields["widget"] = [{"src": SAMPLE, "text": question} for question in questions]
     if figures:
         fields["model-index"] = [{"name": name, "results": [_result(figure) for figure in figures]}]
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=1000).rstrip()

@@ -7,13 +7,14 @@
 """
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 
 from .export import code_files, folder_texts
-from .model_card import read_figures
+from .model_card import SAMPLE, read_figures
 
 
 def outdated(
@@ -23,7 +24,7 @@ def outdated(
 
     Args:
         folder: an exported folder.
-        base_model, licence, notes, about (`language`, `figures`): what the folder was exported with; see `export`.
+        base_model, licence, notes, about (`language`, `figures`, `questions`): what the folder was exported with; see `export`.
 
     Returns:
         File name -> the text that it should have, None for code that no longer exists.
@@ -59,10 +60,16 @@ def main() -> None:
     parser.add_argument("--notes", type=Path, help="Markdown for the end of the model card")
     parser.add_argument("--language", action="append", default=[], help="code of a language, such as en")
     parser.add_argument("--figures", type=Path, help="JSON of measured figures; see `read_figures`")
+    parser.add_argument("--sample", type=Path, help="picture for the card, PNG")
+    parser.add_argument("--question", action="append", default=[], help="a question about it")
     options = parser.parse_args()
     notes = options.notes.read_text(encoding="utf-8") if options.notes else ""
     figures = read_figures(options.figures) if options.figures else []
-    changed = renew(options.folder, notes=notes, language=options.language, figures=figures)
+    changed = renew(
+        options.folder, notes=notes, language=options.language, figures=figures, questions=options.question
+    )
+    if options.sample is not None:
+        shutil.copyfile(options.sample, options.folder / SAMPLE)
     print(f"{options.folder}: {len(changed)} files renewed" + "".join(f"\n  {name}" for name in changed))
 
 

@@ -84,6 +84,11 @@ def export(
             help="JSON of measured figures for the card: summary.json of `backdrop eval`; may be repeated."
         ),
     ] = None,
+    sample: Annotated[Path | None, typer.Option(help="Picture (PNG) for the card; with --question.")] = None,
+    question: Annotated[
+        list[str] | None,
+        typer.Option(help="Question about the picture that the model answers; may be repeated."),
+    ] = None,
     fold: Annotated[
         bool,
         typer.Option(
@@ -99,9 +104,13 @@ def export(
 
     text = notes.read_text() if notes else ""
     measured = [figure for path in figures or [] for figure in read_figures(path)]
-    files = export_checkpoint(
-        checkpoint, out, base_model, licence, text, fold, language=language or (), figures=measured
-    )
+    about: dict = {
+        "language": language or (),
+        "figures": measured,
+        "sample": sample,
+        "questions": question or (),
+    }
+    files = export_checkpoint(checkpoint, out, base_model, licence, text, fold, **about)
     if json_output:
         typer.echo(json.dumps({"folder": str(out), "files": len(files)}))
     else:

@@ -17,6 +17,7 @@ from backdrop.scenes.exam import FORMS
 
 FOLDER = EXAMPLE
 NOTES = ROOT / "docs" / "scenes-model.md"
+QUESTIONS = ["How many vehicles are there?"]
 FIGURES = ROOT / "docs" / "results" / "data" / "scenes-accuracy.json"
 
 

@@ -636,3 +636,17 @@ def test_figures_of_a_card_are_those_that_were_measured(tmp_path):
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(ValueError, match="holds no figures"):
         read_figures(tmp_path / "other.json")
+
+
+def test_a_sample_picture_ships_with_its_questions(tmp_path):
+    picture = tmp_path / "frame.png"
+    tiny.photo().save(picture)
+    files = export(*tiny_pair(), tmp_path / "out", sample=picture, questions=["what: is it?"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    (widget,) = front_matter(card)["widget"]
+    assert widget == {"src": "sample.png", "text": "what: is it?"} and "sample.png" in files
+    assert "![A picture and questions about it](sample.png)" in card and "- what: is it?" in card
+    export(*tiny_pair(), tmp_path / "out")  # an earlier export with a picture is replaced
+    assert not (tmp_path / "out" / "sample.png").exists()
+    with pytest.raises(ValueError, match="belong together"):
+        export(*tiny_pair(), tmp_path / "other", questions=["what?"])
