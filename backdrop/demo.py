@@ -11,6 +11,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from backdrop.hub_export.model_folder import check_exported
 from backdrop.processing.matches_backdrop import MatchReport
 
 CACHE_BYTES = 256 * 2**20
@@ -44,6 +45,7 @@ class Asker:
         show: Path | None = None,
         cache_folder: Path | None = None,
     ):
+        check_exported(model)
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()  # the pipeline warns about its own call, at every call
         self.pipe = transformers.pipeline("image-text-to-text", model=model, trust_remote_code=True)

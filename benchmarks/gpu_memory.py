@@ -65,7 +65,7 @@ def step_memory(shape: str, case: StepCase, device: str) -> dict[str, int | None
 
     from backdrop.train.adapters import lora_config
     from backdrop.train.memory import estimate, meta_model
-    from backdrop.train.memory.step import full_batch
+    from backdrop.train.memory.step import full_batch, split_evenly
     from backdrop.train.trainable import select_trainable
 
     on_gpu = torch.device(device).type == "cuda"
@@ -102,7 +102,7 @@ def step_memory(shape: str, case: StepCase, device: str) -> dict[str, int | None
             model = BackdropForConditionalGeneration(config).to(torch.bfloat16)
         if not options.use_peft:
             select_trainable(model, patterns)
-        batch = full_batch(config, training, case.length, 1, 2)
+        batch = full_batch(config, training, case.length, split_evenly(config, 1, 2))
         SFTTrainer(
             model=model,
             args=training,

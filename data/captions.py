@@ -152,7 +152,7 @@ def _flickr_tokens(path: Path) -> Iterator[dict]:
 
 
 def flickr_rows(request: Request) -> Parsed:
-    """nlphuji/flickr30k (all in the Hub's split "test", Karpathy's in the column `split`), lmms-lab/flickr30k."""
+    """lmms-lab/flickr30k, all of it in "test"; local rows with a column `split` are told apart by that."""
     wanted = ["image", "filename", "caption"]
     rows = _flickr_open(request, wanted)
     if "split" in columns(rows):

@@ -3,6 +3,7 @@
 JSON is parsed as it is read (ijson): LLaVA's mix is 1 GB and GQA's questions are more, several times that as objects.
 """
 
+import contextlib
 import csv
 import json
 from collections.abc import Collection, Iterator
@@ -29,6 +30,14 @@ ALIASES = {
     "validation": ("validation", "val", "dev"),
     "test": ("test",),
     "testdev": ("testdev",),
+}
+# JSON files that lie beside rows: the account of bad ones, and what `datasets` notes of a repository.
+_NO_ROWS = ("bad_rows.json", "dataset_infos.json")
+# Hub repositories that hold a loading script alone -> what holds the same rows as parquet.
+PARQUET_MIRRORS = {
+    "HuggingFaceM4/VQAv2": "lmms-lab/VQAv2 (validation, no train)",
+    "nlphuji/flickr30k": "lmms-lab/flickr30k (one split, test)",
+    "facebook/textvqa": "lmms-lab/textvqa",
 }
 _FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 
@@ -130,7 +139,9 @@ def row_files(folder: Path, json_too: bool = False) -> list[Path]:
     """Parquet files in the folder and below it, or else, if wanted, JSON files in the folder itself."""
     found = sorted(folder.rglob("*.parquet"))
     return found or sorted(
-        path for path in folder.iterdir() if json_too and path.suffix in (".json", ".jsonl")
+        path
+        for path in folder.iterdir()
+        if json_too and path.suffix in (".json", ".jsonl") and path.name not in _NO_ROWS
     )
 
 
@@ -157,16 +168,45 @@ def open_rows(
         if is_saved(folder):
             rows = load_from_disk(folder)
             return rows[choose_split(split, rows, str(folder))] if isinstance(rows, DatasetDict) else rows
-        by_split: dict[str, list[Path]] = {}
-        for file in row_files(folder, json_too):
-            by_split.setdefault(_split_of(file), []).append(file)
-        if not by_split:
+        files = row_files(folder, json_too)
+        if not files:
             raise ValueError(f"{folder} has no parquet{' or JSON' if json_too else ''} file.")
+        if len(files) == 1 and _split_of(files[0]) is None:  # as where the file itself is named
+            return _load_files(files, split, streaming)
+        by_split: dict[str, list[Path]] = {}
+        for file in files:
+            by_split.setdefault(_split_of(file) or "train", []).append(file)
         found = _configured(config, by_split) or choose_split(split, by_split, str(folder))
         return _load_files(by_split[found], split, streaming)
-    available = get_dataset_split_names(source, config)
-    found = _configured(config, available) or choose_split(split, available, source)
-    return load_dataset(source, config, split=found, streaming=streaming)
+    with _one_line(source):
+        available = get_dataset_split_names(source, config)
+        found = _configured(config, available) or choose_split(split, available, source)
+        return load_dataset(source, config, split=found, streaming=streaming)
+
+
+@contextlib.contextmanager
+def _one_line(source: str) -> Iterator[None]:
+    """Errors of `datasets` and of the Hub's client as a `ValueError` of one line that names the source."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith(source):  # ours
+            raise
+        raise ValueError(_reason(source, error)) from error
+    except Exception as error:
+        raise ValueError(_reason(source, error)) from error
+
+
+def _reason(source: str, error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "scripts are no longer supported" in text:
+        known = PARQUET_MIRRORS.get(source)
+        return (
+            f"{source} holds a loading script, which `datasets` no longer runs, and no files of rows; wanted "
+            + (f"{known}, or " if known else "a mirror in parquet, or ")
+            + "the dataset's original files in a folder (docs/guides/data.md)."
+        )
+    return f"{source} cannot be loaded: {text[:300]}"
 
 
 def _configured(config: str | None, available: Collection[str]) -> str | None:
@@ -174,21 +214,22 @@ def _configured(config: str | None, available: Collection[str]) -> str | None:
     return next(iter(available)) if config and len(available) == 1 else None
 
 
-def _split_of(file: Path) -> str:
+def _split_of(file: Path) -> str | None:
     known = [name for names in ALIASES.values() for name in names]
     for name in (file.stem.split("-")[0], file.parent.name):
         if name in known:
             return name
-    return "train"
+    return None
 
 
 def _load_files(files: list[Path], split: str, streaming: bool) -> Dataset | IterableDataset:
     kind = _FORMATS.get(files[0].suffix)
     if kind is None:
         raise ValueError(f"{files[0]} is no file of rows; wanted {', '.join(_FORMATS)}.")
-    return load_dataset(
-        kind, data_files={split: [str(file) for file in files]}, split=split, streaming=streaming
-    )
+    with _one_line(str(files[0])):
+        return load_dataset(
+            kind, data_files={split: [str(file) for file in files]}, split=split, streaming=streaming
+        )
 
 
 def columns(rows: Dataset | IterableDataset) -> list[str]:

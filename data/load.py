@@ -27,12 +27,12 @@ from datasets import Dataset, Features, Image, IterableDataset, List, config
 from datasets.exceptions import DatasetGenerationError
 from tqdm import tqdm
 
-from .files import columns, open_rows, require_columns, stored_rows
+from .files import columns, open_rows, stored_rows
 from .images import check_image
 from .request import Request
 from .rows import TRAINING_FEATURES, BadRowError, BadRows, Example
 from .sources import SOURCES, read_source
-from .stored import COLUMNS, STRUCTURED_FEATURES, checked_row, row_example, structured
+from .stored import COLUMNS, STRUCTURED_FEATURES, checked_row, row_example, stored_columns, structured
 
 NAMES: tuple[str, ...] = ("rows", *SOURCES)
 IMAGE_POSITIONS = ("first", "in_place")
@@ -55,7 +55,7 @@ def examples(
     """The examples of a data set, read as they are asked for.
 
     Args:
-        name: one of `NAMES`; "rows" are rows that have `messages` and `images` already.
+        name: one of `NAMES`; "rows" are rows that have messages and images already, as TRL takes them.
         source: a folder, a file or a Hub id.
         split: "train", "validation", ...; other names of it ("val", "training") are found too. "all" takes
             Flickr30k's token file, which has no splits.
@@ -253,13 +253,13 @@ def _open_stored(request: Request) -> Dataset | IterableDataset:
     if not path.exists() and request.source.count("/") != 1:
         raise ValueError(f"{request.source} does not exist.")
     rows = open_rows(request.source, request.split, streaming=request.streaming, json_too=True)
-    require_columns(rows, ["messages", "images"], request.source)
+    stored_columns(columns(rows), request.source)
     return rows
 
 
 def _checked_rows(rows: Dataset | IterableDataset, request: Request) -> Iterator[dict | BadRowError]:
     folder = request.images or (request.folder if request.path.exists() else None)
-    names = [name for name in COLUMNS if name in columns(rows)]
+    names = stored_columns(columns(rows), request.source)
     for number, row in enumerate(stored_rows(rows, names)):
         try:
             yield checked_row(number, row, folder)
@@ -268,15 +268,16 @@ def _checked_rows(rows: Dataset | IterableDataset, request: Request) -> Iterator
 
 
 def _has_parts(rows: Dataset | IterableDataset) -> bool:
-    first = next(stored_rows(rows, ["messages"]), {}).get("messages") or [{}]
-    return isinstance(first[0].get("content"), list)
+    name = "messages" if "messages" in columns(rows) else "prompt"
+    first = next(stored_rows(rows, [name]), {}).get(name) or [{}]
+    return isinstance(first, list) and isinstance(first[0].get("content"), list)
 
 
 def _as_they_stand(rows: Dataset | IterableDataset, request: Request, features: Features) -> bool:
     """Whether the good rows can be taken out of `rows` without writing any."""
-    if not isinstance(rows, Dataset) or request.images or rows.features["images"] != List(Image()):
+    if not isinstance(rows, Dataset) or request.images or rows.features.get("images") != List(Image()):
         return False
-    return rows.features["messages"] in (features["messages"], STRUCTURED_FEATURES["messages"])
+    return rows.features.get("messages") in (features["messages"], STRUCTURED_FEATURES["messages"])
 
 
 def _select_good(

@@ -52,7 +52,7 @@ def textvqa_files(request: Request) -> Parsed:
 
 
 def textvqa_rows(request: Request) -> Parsed:
-    """lmms-lab/textvqa, facebook/textvqa."""
+    """lmms-lab/textvqa."""
     wanted = ["image", "image_id", "question_id", "question", "answers"]
     wanted += ["ocr_tokens"] if request.ocr_tokens else []
 
@@ -166,7 +166,7 @@ def vqav2_files(request: Request) -> Parsed:
 
 
 def vqav2_rows(request: Request) -> Parsed:
-    """HuggingFaceM4/VQAv2, lmms-lab/VQAv2."""
+    """lmms-lab/VQAv2 (validation and the tests; the train split in its original files)."""
     wanted = ["image", "image_id", "question_id", "question", "answers", "answer_type"]
 
     def parse(row: dict) -> Example:

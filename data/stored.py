@@ -1,15 +1,18 @@
-"""Rows that have `messages` and `images` already: checked, and otherwise left as they are.
+"""Rows that have messages and images already, in any form that TRL takes: checked, and otherwise left as they are.
+
+`messages`, or `prompt` and `completion` (text or messages), which are put together; `images`, or a single `image`.
 
 An image that is an RGBA patch group stays one. `content` is text (TRL puts the images before the first question) or
 parts, `{"type": "image"}` and `{"type": "text", "text": ...}`, with one image part for each of the images.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
 from datasets import Features, Image, List, Value
 
 from .images import stored_image
-from .prompts import checked_list, checked_text
+from .prompts import IMAGE_TOKEN, checked_list, checked_text, image_position
 from .rows import TRAINING_FEATURES, BadRowError, Example
 
 # As `TRAINING_FEATURES` with contents in parts. Arrow gives every part both fields: the text of an image part is None.
@@ -23,6 +26,46 @@ STRUCTURED_FEATURES = Features(
     }
 )
 COLUMNS = list(TRAINING_FEATURES)
+# Of each line one set of columns is wanted.
+FORMS = ((("messages",), ("prompt", "completion")), (("images",), ("image",)))
+
+
+def stored_columns(found: Collection[str], where: str) -> list[str]:
+    """Those of a dataset's columns that its rows are read from.
+
+    Raises:
+        ValueError: it has no messages or no images in any form; the message names `where` it comes from.
+    """
+    chosen: list[str] = []
+    for forms in FORMS:
+        names = next((form for form in forms if all(name in found for name in form)), None)
+        if names is None:
+            wanted = " or ".join(" and ".join(form) for form in forms)
+            raise ValueError(f"{where} has columns {', '.join(found)}; it lacks {wanted}.")
+        chosen += names
+    return [*(["id"] if "id" in found else []), *chosen]
+
+
+def with_messages(row_id: str, row: dict) -> dict:
+    """A row in any of the `FORMS` as one with `messages` and `images`.
+
+    Raises:
+        BadRowError: a prompt or completion that is neither text nor a list, or placeholders for other than the images.
+    """
+    images = row["images"] if "images" in row else [] if row["image"] is None else [row["image"]]
+    if "messages" in row:
+        return {**row, "images": images}
+    sides = [("user", "prompt"), ("assistant", "completion")]
+    messages: list = []
+    for role, name in sides:
+        value = row[name]
+        if isinstance(value, str):
+            count = value.count(IMAGE_TOKEN)
+            text, _ = image_position(row_id, value, len(images or []) if count and role == "user" else 0)
+            messages.append({"role": role, "content": text})
+        else:
+            messages += checked_list(row_id, name, value)
+    return {"id": row.get("id"), "images": images, "messages": messages}
 
 
 def structured(messages: list[dict], images: int, image_at: str = "start") -> list[dict]:
@@ -49,6 +92,7 @@ def checked_row(number: int, row: dict, folder: Path | None) -> dict:
         BadRowError: an image without data, roles out of order, empty content, or placeholders that do not fit.
     """
     row_id = str(number if row.get("id") is None else row["id"])
+    row = with_messages(row_id, row)
     images = row["images"] if row["images"] is not None else []
     images = [stored_image(row_id, image, folder) for image in images]
     messages = checked_list(row_id, "messages", row["messages"])
@@ -94,4 +138,4 @@ def row_example(row: dict) -> Example:
     first = messages[0]["content"]
     at = "end" if isinstance(first, list) and first[0]["type"] == "text" and row["images"] else "start"
     answers = [turns[0][1]] if len(turns) == 1 else []
-    return Example(row["id"], row["images"], turns, answers, image_id=row["id"], image_at=at)
+    return Example(row["id"], row["images"], turns, answers, image_at=at)

@@ -15,6 +15,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from backdrop.hub_export.checkpoint import ADAPTER_FILES, load_checkpoint
+from backdrop.hub_export.model_folder import check_config
+from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.background_matching_backdrop import BackgroundMatcher
 from backdrop.processing.processing_backdrop import BackdropProcessor
@@ -35,6 +37,7 @@ def load(
     if Path(model, ADAPTER_FILES[0]).is_file():
         merged, processor = load_checkpoint(model)
         return merged.to(device, **options).eval(), processor
+    check_config(str(model), BackdropConfig.get_config_dict(model)[0])
     loaded = BackdropForConditionalGeneration.from_pretrained(model, **options).eval().to(device)
     return loaded, BackdropProcessor.from_pretrained(model)
 

@@ -7,8 +7,10 @@ before again without asking about them, so that references and cache are what th
 
 import hashlib
 import json
+import logging
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from .metrics import CONFIDENCE, RESAMPLES, Metric, caption_tokenizer, figures
 from .predictions import Predictions, model_fingerprint, read_predictions
 from .tasks import Task, task
 
+logger = logging.getLogger(__name__)
 PREDICTIONS, SUMMARY, TABLE = "predictions.jsonl", "summary.json", "summary.md"
 WINDOW = 2048  # examples among which those of one image are brought together; bounds what is held of a stream
 
@@ -63,16 +66,35 @@ def by_image(examples: Iterable[Example], window: int = WINDOW) -> Iterator[Imag
     """Questions brought together by image, images in order of appearance, within windows of examples."""
     examples = iter(examples)
     while part := list(islice(examples, window)):
-        together: dict[str, ImageQuestions] = {}
+        together: dict[tuple[str, str], ImageQuestions] = {}
         for example in part:
-            image_id = example.image_id or _content_id(example.images)
-            first = together.setdefault(image_id, ImageQuestions(image_id, example.images, []))
+            # A name alone is not enough: rows that share one may be about different images.
+            content = _content_id(example.images)
+            image_id = example.image_id or content
+            first = together.setdefault((image_id, content), ImageQuestions(image_id, example.images, []))
             first.questions.extend(questions_of(example))
         yield from together.values()
 
 
+def with_own_ids(examples: Iterable[Example], repeated: set[str]) -> Iterator[Example]:
+    """The examples, of which those that repeat an earlier one's id get one of their own: `id~2`, `id~3`, ... in order.
+
+    Args:
+        repeated: takes the ids that occur more than once.
+    """
+    seen: Counter[str] = Counter()
+    for example in examples:
+        name = example.id
+        while name in seen:
+            repeated.add(example.id)
+            seen[example.id] += 1
+            name = f"{example.id}~{seen[example.id]}"
+        seen[name] = 1
+        yield example if name == example.id else replace(example, id=name)
+
+
 def _content_id(images: list[dict]) -> str:
-    """An id for images that have none in the dataset: equal for equal paths or bytes."""
+    """Equal for images with equal paths or bytes."""
     parts = [
         image["bytes"] if image.get("bytes") is not None else str(image["path"]).encode() for image in images
     ]
@@ -286,8 +308,17 @@ def evaluate_examples(
     tolerance_used = tolerance if mode == "matched" else None
     header = {"data": data, **header, "mode": mode, "tolerance": tolerance_used, "max_new_tokens": longest}
     predictions = Predictions(out / PREDICTIONS, header, replace)
-    answer_all(answerer, by_image(examples), predictions, scored_as.metric, batch_size)
+    repeated: set[str] = set()
+    asked = by_image(with_own_ids(examples, repeated))
+    answer_all(answerer, asked, predictions, scored_as.metric, batch_size)
     summary = header | summarize(predictions.records, scored_as, other)
+    if repeated:
+        named = sorted(repeated)
+        shown = ", ".join(named[:5]) + (", ..." if len(named) > 5 else "")
+        logger.warning(
+            f"{len(named)} ids name more than one row ({shown}); each later one is asked as id~2, id~3, ..."
+        )
+        summary["repeated_ids"] = named
     if baseline is not None:
         summary["baseline"] = baseline.name
     if bad_rows is not None:

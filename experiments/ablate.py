@@ -23,9 +23,9 @@ from tqdm import tqdm
 from backdrop.data.atomic import write_atomically
 from backdrop.scenes.exam_report import percent
 
-from .steps import SWITCHES, headline, read_score, scene_rows, train_stage
+from .steps import SWITCHES, headline, read_score, require_start, scene_rows, train_stage
 
-KEYS = {"start", "out", "design", "seeds", "rows", "score", "base", "axes"}
+KEYS = {"start", "made_by", "out", "design", "seeds", "rows", "score", "base", "axes"}
 DESIGNS = ("one_at_a_time", "product")
 BASE = "base"
 FAR = 15  # points from the base; the plot prints scores farther off as numbers at its edge
@@ -74,6 +74,7 @@ class Matrix:
     base: dict
     axes: dict[str, dict[str, dict]]
     rows: dict = field(default_factory=dict)
+    made_by: str | None = None  # the command that makes the start
     design: str = "one_at_a_time"
     seeds: list[int] = field(default_factory=lambda: [0])
 
@@ -168,6 +169,7 @@ def run_cell(cell: Cell, seed: int, matrix: Matrix) -> dict:
 def run_matrix(matrix: Matrix) -> dict:
     """All cells of all seeds; the report."""
     cells = matrix.cells()
+    require_start(matrix.start, matrix.made_by)
     found: dict[tuple[str, int], dict] = {}
     failed: dict[str, str] = {}
     work = [(cell, seed) for seed in matrix.seeds for cell in cells]

@@ -2,7 +2,7 @@
 
     backdrop ladder experiments/recipes/ladder/scenes.yaml
 
-The chain's file names the start, the stages (recipes beside it), what all of them have in common (`common`), how rows
+The chain's file names the start and the command that makes it (`made_by`), the stages (recipes beside it), what all of them have in common (`common`), how rows
 are made (`rows`) or where they are (`common: {dataset: ...}`), and the score. A run that was cut off goes on.
 """
 
@@ -14,9 +14,10 @@ import yaml
 from backdrop.data.atomic import write_atomically
 from backdrop.scenes.exam_report import percent
 
-from .steps import headline, read_score, scene_rows, train_stage
+from .steps import headline, read_score, require_start, scene_rows, train_stage
 
-KEYS = {"start", "out", "stages", "common", "rows", "score"}
+KEYS = {"start", "made_by", "out", "stages", "common", "rows", "score"}
+OPTIONAL = {"made_by", "rows", "common"}
 
 
 def read_chain(path: Path) -> dict:
@@ -26,7 +27,7 @@ def read_chain(path: Path) -> dict:
         ValueError: a key that no chain has, or a recipe that is not there.
     """
     chain = yaml.safe_load(path.read_text())
-    unknown, missing = sorted(set(chain) - KEYS), sorted(KEYS - {"rows", "common"} - set(chain))
+    unknown, missing = sorted(set(chain) - KEYS), sorted(KEYS - OPTIONAL - set(chain))
     if unknown or missing:
         raise ValueError(
             f"{path.name} has unknown keys {unknown} and lacks {missing}; wanted {sorted(KEYS)}."
@@ -43,6 +44,7 @@ def read_chain(path: Path) -> dict:
 def run_ladder(chain: dict) -> dict:
     """Runs and scores every stage: name -> form -> the headline figure, with the paired difference to the first stage."""
     out, start = Path(chain["out"]), chain["start"]
+    require_start(start, chain.get("made_by"))
     report: dict = {"start": Path(start).name, "stages": {}}
     first = None
     for name, recipe in chain["stages"].items():

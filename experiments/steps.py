@@ -234,6 +234,21 @@ def step(folder: Path, inputs: dict, work: Callable[[], None]) -> bool:
     return True
 
 
+def require_start(start: str | Path, made_by: str | None = None) -> None:
+    """Refuses an experiment whose first model is not there yet, before anything is written.
+
+    Args:
+        start: folder of the model that the experiment starts from.
+        made_by: the command that makes it.
+
+    Raises:
+        ValueError: the folder is not there or holds no model.
+    """
+    if not Path(start, "config.json").is_file():
+        first = f"make it first: {made_by}" if made_by else "wanted the folder of a finished model"
+        raise ValueError(f"start is {str(start)!r}, where no model is; {first}")
+
+
 def train_stage(recipe: dict, start: str | Path, folder: Path) -> Path:
     """Runs the recipe from `start` in a process of its own; the folder of the finished model.
 

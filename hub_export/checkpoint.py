@@ -12,6 +12,7 @@ from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
 from .extend import extend_model
+from .model_folder import check_config
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Configuration fields that training may change and that no weight shows.
@@ -40,10 +41,12 @@ def load_checkpoint(
 
 
 def load_model(name: str) -> BackdropForConditionalGeneration:
-    """The model of a folder or a Hub id, in the dtype it was saved in; a `ValueError` if it is no Backdrop model."""
-    found = BackdropConfig.get_config_dict(name)[0].get("model_type")
-    if found != BackdropConfig.model_type:
-        raise ValueError(f"{name!r} is of model type {found!r}; wanted 'backdrop' (convert it first).")
+    """The model of a folder or a Hub id, in the dtype it was saved in.
+
+    Raises:
+        ValueError: it is no Backdrop model, or quantised.
+    """
+    check_config(name, BackdropConfig.get_config_dict(name)[0])
     return BackdropForConditionalGeneration.from_pretrained(name, dtype="auto")
 
 

@@ -8,9 +8,10 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
 from packaging.requirements import Requirement
@@ -26,7 +27,7 @@ from backdrop.processing.processing_backdrop import BackdropProcessor
 
 from .checkpoint import ADAPTER_FILES, load_checkpoint
 from .extend import fold_prefusion
-from .model_card import licence_text, model_card, notice_text
+from .model_card import SAMPLE, Figure, licence_text, model_card, notice_text, recorded_base
 
 MODEL_CLASSES = {
     "AutoConfig": BackdropConfig,
@@ -36,13 +37,14 @@ MODEL_CLASSES = {
     "AutoModelForMultimodalLM": BackdropForConditionalGeneration,
 }
 PROCESSOR_CLASSES = {"AutoProcessor": BackdropProcessor, "AutoImageProcessor": BackdropImageProcessor}
+PLACES = ("_name_or_path", "name_or_path", "_commit_hash")
 MAX_SHARD_SIZE = "5GB"
 # Distributions that the exported code imports; their bounds are the package's own.
 LOADING_REQUIREMENTS = ("numpy", "pillow", "safetensors", "torch", "transformers")
 # By these an earlier export is known from a checkpoint, which nobody wants replaced.
 EXPORT_MARKS = ("README.md", "LICENSE", "requirements.txt", "modeling_backdrop.py")
 EXPORTED_NAMES = re.compile(
-    r"[^.].*\.(py|json|jinja|safetensors|model|txt)|README\.md|LICENSE|NOTICE|additional_chat_templates"
+    r"[^.].*\.(py|json|jinja|safetensors|model|txt)|README\.md|sample\.png|LICENSE|NOTICE|additional_chat_templates"
 )
 
 
@@ -53,6 +55,11 @@ def export(
     base_model: str | None = None,
     licence: str = "apache-2.0",
     notes: str = "",
+    *,
+    language: Sequence[str] = (),
+    figures: Sequence[Figure] = (),
+    sample: Path | None = None,
+    questions: Sequence[str] = (),
 ) -> list[str]:
     """Writes the complete folder, or nothing.
 
@@ -62,6 +69,8 @@ def export(
         base_model: Hub id of the model that this one was made from.
         licence: of the model's weights, as the Hub spells licences.
         notes: Markdown for the model card: training data, figures.
+        language, figures: see `model_card`.
+        sample, questions: a picture (PNG) for the card, and questions about it that the model answers rightly.
 
     Returns:
         The names of the files written.
@@ -71,6 +80,10 @@ def export(
     """
     if base_model is not None:
         validate_repo_id(base_model)
+    if (sample is None) != (not questions):
+        raise ValueError(
+            "A sample picture and questions about it belong together; one of the two is missing."
+        )
     _check_classes(model, processor)
     _check_fit(model, processor)
     out = Path(out).resolve()
@@ -85,7 +98,16 @@ def export(
         processor.save_pretrained(building)
         _copy_code(building)
         _add_auto_maps(building)
-        texts = folder_texts(building, model.config, out.name, base_model, licence, notes)
+        for name in ("generation_config.json", "tokenizer_config.json"):
+            if (building / name).is_file():
+                values = without_places(_read_json(building / name))
+                (building / name).write_text(
+                    json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+                )
+        about: dict[str, Any] = {"language": language, "figures": figures, "questions": questions}
+        if sample is not None:
+            shutil.copyfile(sample, building / SAMPLE)
+        texts = folder_texts(building, model.config, out.name, base_model, licence, notes, **about)
         for name, text in texts.items():
             (building / name).write_text(text, encoding="utf-8")
         files = sorted(
@@ -104,18 +126,31 @@ def export_checkpoint(
     licence: str = "apache-2.0",
     notes: str = "",
     fold: bool = False,
+    *,
+    language: Sequence[str] = (),
+    figures: Sequence[Figure] = (),
+    sample: Path | None = None,
+    questions: Sequence[str] = (),
 ) -> list[str]:
     """`export` of a folder that `save_pretrained`, the converter or a trainer wrote; an adapter is merged first.
 
     Args:
         checkpoint: holds weights and processor, or a peft adapter, whose base is loaded from where it says.
-        out, base_model, licence, notes: see `export`.
+        out, base_model, licence, notes, language, figures, sample, questions: see `export`; `base_model` None: what the checkpoint's card,
+            or that of one before it, says.
         fold: prefusion layers become the first layers of the language model, as serving engines need them.
     """
     model, processor = load_checkpoint(checkpoint)
     if fold:
         fold_prefusion(model)
-    return export(model, processor, out, base_model, licence, notes)
+    base = base_model or recorded_base(checkpoint)
+    about: dict[str, Any] = {
+        "language": language,
+        "figures": figures,
+        "sample": sample,
+        "questions": questions,
+    }
+    return export(model, processor, out, base, licence, notes, **about)
 
 
 # ---- checks
@@ -189,14 +224,32 @@ def code_files() -> dict[str, Path]:
 
 
 def folder_texts(
-    folder: Path, config: BackdropConfig, name: str, base_model: str | None, licence: str, notes: str
+    folder: Path,
+    config: BackdropConfig,
+    name: str,
+    base_model: str | None,
+    licence: str,
+    notes: str,
+    **about: Any,
 ) -> dict[str, str]:
-    """Card, licences and requirements by file name; `folder` holds the processor's files already. Else as `export`."""
+    """Card, licences and requirements by file name; `folder` holds the processor's files already.
+
+    Args:
+        about: `language`, `figures` and `questions` of `model_card`. Else as `export`.
+    """
     detector = _detector_source(folder)
     images = BackdropImageProcessor.from_pretrained(folder)
     texts = {
         "README.md": model_card(
-            config, name, base_model, licence, detector, notes, images.fit, images.own_padding
+            config,
+            name,
+            base_model,
+            licence,
+            detector,
+            notes,
+            fit=images.fit,
+            own_padding=images.own_padding,
+            **about,
         ),
         "LICENSE": licence_text(licence, detector),
         "requirements.txt": _requirements(),
@@ -218,8 +271,15 @@ def _add_auto_maps(folder: Path) -> None:
     config["auto_map"] = _auto_map(MODEL_CLASSES)
     # AutoImageProcessor reads the nested part alone.
     processor["auto_map"] = processor["image_processor"]["auto_map"] = _auto_map(PROCESSOR_CLASSES)
-    for path, values in ((config_path, config), (processor_path, processor)):
+    for path, values in ((config_path, without_places(config)), (processor_path, processor)):
         path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def without_places(value: Any) -> Any:
+    """JSON without the fields in which transformers notes where this machine had something."""
+    if isinstance(value, dict):
+        return {name: without_places(item) for name, item in value.items() if name not in PLACES}
+    return [without_places(item) for item in value] if isinstance(value, list) else value
 
 
 def _auto_map(classes: Mapping[str, type]) -> dict[str, str]:

@@ -1,5 +1,14 @@
 """The texts of an exported folder: model card, licence, notice."""
 
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 
 from .checkpoint import tower_config
@@ -8,6 +17,24 @@ from .checkpoint import tower_config
 REPO_PLACEHOLDER = "OWNER/NAME"
 AGPL_URL = "https://www.gnu.org/licenses/agpl-3.0.html"
 TOWER_NAMES = {"clip_vision_model": "CLIP", "siglip_vision_model": "SigLIP", "dinov2": "DINOv2"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured figure of a card.
+
+    Attributes:
+        dataset: what it was measured on.
+        name: what it is, with how the model was run.
+        metric: the metric's name, such as "accuracy".
+        value: 0 to 1.
+    """
+
+    dataset: str
+    name: str
+    metric: str
+    value: float
+
 
 _APACHE = """\
 The code in this folder (*.py): Copyright the Backdrop authors.
@@ -52,7 +79,7 @@ content = [{{"type": "image", "image": "photo.jpg"}}, {{"type": "text", "text": 
 print(pipe(text=[{{"role": "user", "content": content}}], max_new_tokens=40, return_full_text=False))
 ```
 
-## Reuse of the background
+{sample}## Reuse of the background
 
 ```python
 from PIL import Image
@@ -109,6 +136,15 @@ _FITS = {
     "stretch": (_STRETCHED, _STRETCHED),
 }
 
+SAMPLE = "sample.png"
+_SAMPLE_SECTION = """\
+## A picture to try
+
+![A picture and questions about it]({picture})
+
+{questions}
+
+"""
 _LAYOUT = "system text · background · objects · question"
 _LAYOUT_WITH_SEPARATORS = (
     "system text · [BG_START] background [BG_END] [OBJ_START] objects [OBJ_END] · question"
@@ -143,6 +179,9 @@ def model_card(
     notes: str = "",
     fit: str = "crop",
     own_padding: bool = True,
+    language: Sequence[str] = (),
+    figures: Sequence[Figure] = (),
+    questions: Sequence[str] = (),
 ) -> str:
     """README.md of an exported folder.
 
@@ -154,10 +193,13 @@ def model_card(
         detector: the checkpoint that the included detector weights came from; None: none are included.
         notes: Markdown for the end: training data, figures.
         fit, own_padding: the image processor's.
+        language: codes of the languages that the model answers in, such as "en".
+        figures: measured ones.
+        questions: about the picture `SAMPLE` of the folder, which the model answers rightly; (): there is no picture.
     """
     tower = tower_config(config)
     return _CARD.format(
-        front_matter=_front_matter(base_model, licence, detector),
+        front_matter=_front_matter(name, base_model, licence, detector, language, figures, questions),
         name=name,
         placeholder=REPO_PLACEHOLDER,
         side=tower.image_size,
@@ -168,6 +210,11 @@ def model_card(
         licence=licence,
         of_base=f"; the terms of {base_model} apply too." if base_model else ".",
         detector_licence=_OWN_DETECTOR_LICENCE if detector else _NO_DETECTOR_LICENCE,
+        sample=_SAMPLE_SECTION.format(
+            picture=SAMPLE, questions="\n".join(f"- {question}" for question in questions)
+        )
+        if questions
+        else "",
         notes=f"\n## Notes\n\n{notes.strip()}\n" if notes.strip() else "",
     )
 
@@ -207,17 +254,105 @@ def _facts(config: BackdropConfig, base_model: str | None, not_square: str) -> l
     return facts
 
 
-def _front_matter(base_model: str | None, licence: str, detector: str | None) -> str:
-    lines = [f"license: {licence}"]
+def _front_matter(
+    name: str,
+    base_model: str | None,
+    licence: str,
+    detector: str | None,
+    language: Sequence[str],
+    figures: Sequence[Figure],
+    questions: Sequence[str],
+) -> str:
+    """What the Hub reads of a card, by a YAML writer: any text may stand in any field."""
+    fields: dict[str, Any] = {"license": licence}
     if detector is not None:
         # One tag cannot name both licences, and the repository as a whole is not just under the weaker one.
-        lines = [
-            "license: other",
-            f"license_name: {licence}-with-agpl-3.0-detector",
-            "license_link: LICENSE",
-        ]
+        fields = {
+            "license": "other",
+            "license_name": f"{licence}-with-agpl-3.0-detector",
+            "license_link": "LICENSE",
+        }
     if base_model is not None:
-        lines.append(f"base_model: {base_model}")
-    lines += ["pipeline_tag: image-text-to-text", "library_name: transformers", "tags:"]
-    lines += [f"- {tag}" for tag in ("backdrop", "custom_code", "llava", "background-reuse")]
-    return "\n".join(lines)
+        fields["base_model"] = base_model
+    if language:
+        fields["language"] = list(language)
+    fields |= {"pipeline_tag": "image-text-to-text", "library_name": "transformers"}
+    fields["tags"] = ["backdrop", "custom_code", "llava", "background-reuse"]
+    if questions:
+        fields["widget"] = [{"src": SAMPLE, "text": question} for question in questions]
+    if figures:
+        fields["model-index"] = [{"name": name, "results": [_result(figure) for figure in figures]}]
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=1000).rstrip()
+
+
+def _result(figure: Figure) -> dict[str, Any]:
+    """A figure in the Hub's form (huggingface_hub's `EvalResult`)."""
+    slug = re.sub(r"[^a-z0-9]+", "-", figure.dataset.lower()).strip("-")
+    return {
+        "task": {"type": "visual-question-answering", "name": "Visual Question Answering"},
+        "dataset": {"type": slug, "name": figure.dataset},
+        "metrics": [{"type": figure.metric, "name": figure.name, "value": round(100 * figure.value, 2)}],
+    }
+
+
+# How the forms of a report of the made scenes are called in a card.
+_FORM_NAMES = {
+    "split": "split into background and objects",
+    "cached": "background cache",
+    "matched": "background of another frame",
+    "stale": "a whole stale background",
+}
+
+
+def read_figures(path: str | Path) -> list[Figure]:
+    """The figures of a summary that `backdrop eval` wrote, or of a report of the made scenes.
+
+    Raises:
+        ValueError: neither.
+    """
+    report = json.loads(Path(path).read_text(encoding="utf-8"))
+    if isinstance(report, dict) and {"data", "mode", "overall", "figures"} <= report.keys():
+        found = [
+            Figure(report["data"], f"{name}, mode {report['mode']}", name, report["overall"][name]["value"])
+            for name in report["figures"]
+        ]
+        return [figure for figure in found if figure.value is not None]
+    if isinstance(report, dict) and "forms" in report:
+        dataset = f"made scenes, {report['split']}, {report['scenes']} scenes"
+        return [
+            Figure(dataset, f"accuracy, {shown}", "accuracy", _overall(report["forms"][form]))
+            for form, shown in _FORM_NAMES.items()
+            if form in report["forms"]
+        ]
+    raise ValueError(
+        f"{path} holds no figures; wanted summary.json of `backdrop eval`, or a report of the made scenes."
+    )
+
+
+def _overall(form: dict) -> float:
+    overall = form["accuracy"]["overall"]
+    value = overall.get("accuracy", overall.get("exact", overall))
+    return value["value"]
+
+
+def recorded_base(folder: str | Path) -> str | None:
+    """The Hub id of the model that a checkpoint came from, as its card or those of the checkpoints before it say."""
+    place: str | Path | None = folder
+    for _ in range(20):  # stages of training, and no circle
+        if place is None:
+            return None
+        card, stage, adapter = (
+            Path(place, name) for name in ("README.md", "backdrop_stage.json", "adapter_config.json")
+        )
+        if card.is_file():
+            head = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8"), re.DOTALL)
+            fields = (yaml.safe_load(head.group(1)) if head else None) or {}
+            if isinstance(fields.get("base_model"), str):
+                return fields["base_model"]
+        before = None
+        if stage.is_file():
+            before = json.loads(stage.read_text(encoding="utf-8")).get("recipe", {}).get("model")
+        elif adapter.is_file():
+            before = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        place = before
+    return None

@@ -1,27 +1,30 @@
 """Brings an exported folder's code and texts up to this source. Weights and JSON stay as they are.
 
-    python -m backdrop.hub_export.renew examples/scenes-model --notes docs/scenes-model.md
+    python -m backdrop.hub_export.renew examples/scenes-model --notes docs/scenes-model.md \
+        --language en --figures docs/results/data/scenes-accuracy.json
 
 `make example` runs this for the example that is kept in the repository.
 """
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 
 from .export import code_files, folder_texts
+from .model_card import SAMPLE, read_figures
 
 
 def outdated(
-    folder: Path, base_model: str | None = None, licence: str = "apache-2.0", notes: str = ""
+    folder: Path, base_model: str | None = None, licence: str = "apache-2.0", notes: str = "", **about: Any
 ) -> dict[str, str | None]:
     """Code and texts of `folder` that differ from what an export would write now.
 
     Args:
         folder: an exported folder.
-        base_model, licence, notes: what the folder was exported with; see `export`.
+        base_model, licence, notes, about (`language`, `figures`, `questions`): what the folder was exported with; see `export`.
 
     Returns:
         File name -> the text that it should have, None for code that no longer exists.
@@ -30,7 +33,7 @@ def outdated(
         name: source.read_text(encoding="utf-8") for name, source in code_files().items()
     }
     config = BackdropConfig.from_pretrained(folder)
-    wanted |= folder_texts(folder, config, folder.resolve().name, base_model, licence, notes)
+    wanted |= folder_texts(folder, config, folder.resolve().name, base_model, licence, notes, **about)
     wanted |= {path.name: None for path in folder.glob("*.py") if path.name not in wanted}
     return {name: text for name, text in wanted.items() if text != _read(folder / name)}
 
@@ -55,9 +58,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Renews code and texts of an exported folder.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--notes", type=Path, help="Markdown for the end of the model card")
+    parser.add_argument("--language", action="append", default=[], help="code of a language, such as en")
+    parser.add_argument("--figures", type=Path, help="JSON of measured figures; see `read_figures`")
+    parser.add_argument("--sample", type=Path, help="picture for the card, PNG")
+    parser.add_argument("--question", action="append", default=[], help="a question about it")
     options = parser.parse_args()
     notes = options.notes.read_text(encoding="utf-8") if options.notes else ""
-    changed = renew(options.folder, notes=notes)
+    figures = read_figures(options.figures) if options.figures else []
+    changed = renew(
+        options.folder, notes=notes, language=options.language, figures=figures, questions=options.question
+    )
+    if options.sample is not None:
+        shutil.copyfile(options.sample, options.folder / SAMPLE)
     print(f"{options.folder}: {len(changed)} files renewed" + "".join(f"\n  {name}" for name in changed))
 
 

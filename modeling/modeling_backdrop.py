@@ -35,6 +35,7 @@ from .outputs_backdrop import BackdropCausalLMOutputWithPast, BackdropModelOutpu
 from .prefix_pass_backdrop import release_background
 from .prefusion_backdrop import BackdropPrefusion
 from .projector_backdrop import BackdropProjector
+from .several_processes_backdrop import runs_every_part, with_every_kind, without_blanks
 from .strict_loading_backdrop import StrictLoadingMixin
 
 
@@ -203,10 +204,14 @@ class BackdropModel(BackdropPreTrainedModel):
         image_embeds = given_image_embeds(pixel_values, image_embeds, mm_encoder_outputs)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        blanks = 0
+        if image_embeds is None and runs_every_part(self):
+            groups = (pixel_values, patch_mask, group_kind)
+            pixel_values, patch_mask, group_kind, blanks = with_every_kind(self, inputs_embeds, *groups)
         if pixel_values is not None:
             choice = (vision_feature_layer, vision_feature_select_strategy)
             encoded = self.get_image_features(pixel_values, patch_mask, group_kind, *choice, return_dict=True)
-            image_embeds = torch.cat(encoded.pooler_output)
+            inputs_embeds, image_embeds = without_blanks(inputs_embeds, encoded.pooler_output, blanks)
         going_on = past_key_values is not None and past_key_values.get_seq_length() > 0
         inputs_embeds = self._replace_placeholders(input_ids, inputs_embeds, image_embeds, going_on)
         if self.config.num_prefusion_layers:

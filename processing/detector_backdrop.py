@@ -119,6 +119,10 @@ class ObjectDetector:
         description, weights = read_detector(folder)
         return cls(description, weights, source=f"{WEIGHTS_NAME} ({description['source']})", device=device)
 
+    def on_device(self, device: str | torch.device) -> "ObjectDetector":
+        """The same detector, built again on another device."""
+        return ObjectDetector(self._description, self.weights, source=self.source, device=device)
+
     def save(self, folder: str | os.PathLike) -> list[str]:
         """Writes `detector.safetensors` and `detector.json`, each in one step.
 

@@ -1,9 +1,10 @@
 """Where a processor's detector comes from: a name, the model's own folder, or one that was handed over; loaded once."""
 
+import os
 import threading
 from pathlib import Path
 
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .detector_backdrop import ObjectDetector
 from .detector_files_backdrop import DETECTOR_FILES, copy_detector
@@ -18,9 +19,15 @@ _HUB_ARGUMENTS = (
     "subfolder",
 )
 
+logger = logging.get_logger(__name__)
+
 
 class DetectorSource:
     """Loads a detector when it is first needed and keeps it. Loading is thread-safe.
+
+    It may be needed at any moment of a training over several processes, in some of them only: loading waits for no other
+    process. A process that was forked from this one, such as a worker of a data loader, cannot use its GPU: there the detector
+    runs on the CPU.
 
     Args:
         folder: holds a saved detector, the model's own; None: there is none.
@@ -30,7 +37,9 @@ class DetectorSource:
         self._folder = folder
         self._loaded: ObjectDetector | None = None
         self._loaded_for: tuple | None = None  # name, device and folder of the loaded one
+        self._handed_over: ObjectDetector | None = None
         self._lock = threading.Lock()
+        self._process = os.getpid()  # a copy that was pickled for a new process is made anew there
 
     @property
     def folder(self) -> str | None:
@@ -50,11 +59,21 @@ class DetectorSource:
             OSError: it cannot be downloaded, or a file of the folder has gone.
             ImportError: ultralytics is not installed.
         """
+        if str(device).startswith("cuda") and os.getpid() != self._process:
+            logger.warning_once(
+                f"detector_device is {str(device)!r}, but this process, perhaps a worker of a data loader, was forked and "
+                "cannot use the GPU of the one before: the detector runs on the CPU here. Ready-made groups need none."
+            )
+            device = "cpu"
         wanted = (name, device, self._folder)
         with self._lock:
             if self._loaded is None or self._loaded_for != wanted:
                 if name is not None:
                     self._loaded = ObjectDetector.from_name_or_path(name, device=device)
+                elif self._handed_over is not None:
+                    # A detector of someone else's, which may lack `on_device`, runs where it is.
+                    move = getattr(self._handed_over, "on_device", None)
+                    self._loaded = self._handed_over if move is None else move(device)
                 elif self._folder is not None:
                     self._loaded = ObjectDetector.from_folder(self._folder, device=device)
                 else:
@@ -76,6 +95,7 @@ class DetectorSource:
         with self._lock:
             self._folder = None  # else its weights would be used, and saved, instead
             self._loaded = detector
+            self._handed_over = detector
             self._loaded_for = (None, device, None)
 
     def find(self, pretrained_model_name_or_path, **hub_kwargs) -> None:
@@ -120,5 +140,5 @@ class DetectorSource:
     def twin(self) -> "DetectorSource":
         """Another source that starts with this one's folder and loaded detector, and changes independently."""
         twin = DetectorSource(self._folder)
-        twin._loaded, twin._loaded_for = self._loaded, self._loaded_for
+        twin._loaded, twin._loaded_for, twin._handed_over = self._loaded, self._loaded_for, self._handed_over
         return twin

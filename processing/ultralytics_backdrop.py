@@ -36,11 +36,18 @@ _ENVIRONMENT = (
     "TORCH_CPP_LOG_LEVEL",
     "KINETO_LOG_LEVEL",
     "CUBLAS_WORKSPACE_CONFIG",
+    # Up to 8.4.0 a detector on the CPU hides every GPU from the process.
+    "CUDA_VISIBLE_DEVICES",
 )
+# By these ultralytics knows, as it is imported, that it trains a YOLO over several processes: it would wait for the others at
+# barriers, and they, which train another model with it, may not need a detector at that moment, or at all.
+_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 def import_ultralytics() -> SimpleNamespace:
     """The names that are used of ultralytics. Call inside `undisturbed`: the first import takes a second or more.
+
+    Imported here first, it works as in a single process: it never waits for others of a distributed training.
 
     Raises:
         ImportError: If ultralytics is not installed, or cannot be imported.
@@ -51,11 +58,12 @@ def import_ultralytics() -> SimpleNamespace:
         import cv2
 
         threads = cv2.getNumThreads()
-        from ultralytics import YOLO, __version__
-        from ultralytics.models.yolo.detect import DetectionPredictor
-        from ultralytics.models.yolo.segment import SegmentationPredictor
-        from ultralytics.nn.tasks import DetectionModel, SegmentationModel
-        from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
+        with _without(_RANKS):
+            from ultralytics import YOLO, __version__
+            from ultralytics.models.yolo.detect import DetectionPredictor
+            from ultralytics.models.yolo.segment import SegmentationPredictor
+            from ultralytics.nn.tasks import DetectionModel, SegmentationModel
+            from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
         cv2.setNumThreads(threads)  # ultralytics sets it to none for the whole process
     except ImportError as error:
@@ -82,12 +90,12 @@ def undisturbed(device: torch.device) -> Iterator[None]:
     Args:
         device: Where the detector runs; the random state of that GPU is restored too.
     """
-    environment = {name: os.environ.get(name) for name in _ENVIRONMENT}
     threads = torch.get_num_threads()
     image_open, torch_save = Image.open, torch.save
     on_cuda = device.type == "cuda"
     try:
         with (
+            _kept(_ENVIRONMENT),
             muted(),
             np.printoptions(),
             torch.inference_mode(False),
@@ -99,11 +107,29 @@ def undisturbed(device: torch.device) -> Iterator[None]:
     finally:
         Image.open, torch.save = image_open, torch_save
         torch.set_num_threads(threads)
-        for name, value in environment.items():
+
+
+@contextlib.contextmanager
+def _kept(names: tuple[str, ...]) -> Iterator[None]:
+    """Gives environment variables back the values that they have now."""
+    values = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in values.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _without(names: tuple[str, ...]) -> Iterator[None]:
+    """Takes environment variables away for a while."""
+    with _kept(names):
+        for name in names:
+            os.environ.pop(name, None)
+        yield
 
 
 @contextlib.contextmanager

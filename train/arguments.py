@@ -27,6 +27,36 @@ USE_INSTEAD = {
     "lora_task_type": "CAUSAL_LM",
     "bnb_4bit_quant_storage": "its default",
 }
+_PREPARED = "its default: rows are prepared in the collator, as messages and images"
+_KERNELS = "its default: these kernels are written for other models"
+_EXPORT = "backdrop export and backdrop push, which write a complete repository"
+_NO_METRICS = "its default: no metrics are computed from the logits; backdrop eval scores a model"
+# Options of `SFTConfig` and `TrainingArguments` that would do nothing here, or something else -> what to use instead.
+UNREAD = {
+    "use_liger_kernel": _KERNELS,
+    "liger_kernel_config": _KERNELS,
+    "model_init_kwargs": "dtype, attn_implementation and the switches of a recipe",
+    "trust_remote_code": "its default: the model's code is this package's",
+    "chat_template_path": "backdrop convert --chat-template FILE",
+    "dataset_text_field": _PREPARED,
+    "dataset_kwargs": _PREPARED,
+    "dataset_num_proc": _PREPARED,
+    "truncation_mode": _PREPARED,
+    "packing": "false: prompts with images are not packed",
+    "eval_packing": "false: prompts with images are not packed",
+    "padding_free": "false: prompts with images are padded",
+    "pad_token": "the tokenizer's own",
+    "do_train": "train: true",
+    "do_predict": "backdrop eval",
+    "include_for_metrics": _NO_METRICS,
+    "batch_eval_metrics": _NO_METRICS,
+    "push_to_hub": _EXPORT,
+    "hub_model_id": _EXPORT,
+    "hub_always_push": _EXPORT,
+    "hub_private_repo": _EXPORT,
+    "hub_revision": _EXPORT,
+    "hub_token": _EXPORT,
+}
 
 
 @dataclass(kw_only=True)
@@ -218,7 +248,7 @@ class RecipeParser(TrlParser):
         ]
         groups[
             "TRL's SFTConfig, with transformers' TrainingArguments: steps, optimizer, checkpoints, logging"
-        ] = [f.name for f in fields(TrainingConfig) if f.init]
+        ] = [f.name for f in fields(TrainingConfig) if f.init and f.name not in UNREAD]
         for title, dests in groups.items():
             sections.append("\n".join([f"{title}:", *(_option(actions[dest]) for dest in dests)]))
         return "\n\n".join([*sections, EXAMPLES])

@@ -33,25 +33,30 @@ def dry_run(arguments: BackdropArguments, training: SFTConfig, options: ModelCon
     model = outline_trainable(arguments, options)
     print_trainable(trainable_summary(model))
     processor = build_processor(arguments)
-    tokens, images, groups = longest_example(training_dataset(arguments)[0], processor)
+    tokens, groups = longest_example(training_dataset(arguments)[0], processor)
     found = estimate(
         model,
         training,
         options,
         sequence_length=tokens,
-        images_per_example=images,
-        groups_per_image=groups,
+        example_groups=groups,
         device=arguments.dry_run_device or ("cpu" if training.use_cpu else "cuda"),
     )
     print_memory(found)
+    owned = sum(patches for patches, _ in groups)
     print(
-        f"for examples of {tokens} tokens, {images} images of {groups} groups: the longest of {EXAMPLES_READ} read"
+        f"for examples of {tokens} tokens, {len(groups)} groups of {owned} patches in all: the longest of {EXAMPLES_READ} read"
     )
 
 
-def longest_example(dataset: Dataset | IterableDataset, processor: BackdropProcessor) -> tuple[int, int, int]:
-    """The most tokens, images and groups of an image among the dataset's first examples."""
-    tokens, images, groups = 0, 1, 1
+def longest_example(
+    dataset: Dataset | IterableDataset, processor: BackdropProcessor
+) -> tuple[int, list[tuple[int, int]]]:
+    """Tokens of the longest of the dataset's first examples, and (patches, kind) of each of its groups.
+
+    An ordinary image is split into its groups; a ready-made group is one.
+    """
+    longest: tuple[int, list[tuple[int, int]]] = (0, [])
     for example, _ in zip(dataset, range(EXAMPLES_READ), strict=False):
         messages = [dict(message) for message in example["messages"]]
         first = next(i for i, message in enumerate(messages) if message["role"] == "user")
@@ -61,8 +66,9 @@ def longest_example(dataset: Dataset | IterableDataset, processor: BackdropProce
             messages[first] = {"role": "user", "content": parts}
         prompt = processor.apply_chat_template(messages, tokenize=False)
         inputs = processor(images=list(example["images"]) or None, text=prompt, add_special_tokens=False)
-        tokens = max(tokens, len(inputs["input_ids"][0]))
-        if example["images"]:
-            images = max(images, len(example["images"]))
-            groups = max(groups, -(-len(inputs["group_kind"]) // len(example["images"])))
-    return tokens, images, groups
+        tokens = len(inputs["input_ids"][0])
+        if tokens > longest[0]:
+            masks = inputs.get("patch_mask", [])
+            patches = [int(mask.sum()) for mask in masks]
+            longest = tokens, list(zip(patches, map(int, inputs.get("group_kind", [])), strict=True))
+    return longest

@@ -1,6 +1,7 @@
 """What a recipe asks for: its checks, what trains, its dataset. Nothing here reads a weight."""
 
 import logging
+from dataclasses import MISSING, fields
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -13,7 +14,7 @@ from backdrop.data.rows import BadRows
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 
 from .adapters import checked_lora_config
-from .arguments import TRAINABLE, USE_INSTEAD, BackdropArguments
+from .arguments import TRAINABLE, UNREAD, USE_INSTEAD, BackdropArguments
 from .assemble import outline
 from .stages import check_start
 from .trainable import last_layers, select_trainable
@@ -43,6 +44,18 @@ def check_recipe(arguments: BackdropArguments, training: SFTConfig, options: Mod
             raise ValueError(
                 f"{name} is {getattr(options, name)!r}, which is not read here; wanted {instead}."
             )
+    for option in fields(training):
+        value = getattr(training, option.name)
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        if option.name in UNREAD and value != default and value:
+            raise ValueError(
+                f"{option.name} is {value!r}, which does nothing here; wanted {UNREAD[option.name]}."
+            )
+    if training.n_gpu > 1:
+        raise ValueError(
+            f"{training.n_gpu} GPUs are visible to one process, which would divide the pixels of a batch otherwise than its "
+            "rows; wanted `accelerate launch -m backdrop.train.sft ...`, or one GPU (CUDA_VISIBLE_DEVICES=0)."
+        )
     if arguments.streaming and training.max_steps <= 0:
         raise ValueError(f"max_steps is {training.max_steps} with streaming; wanted the number of steps.")
     if arguments.streaming and training.accelerator_config.dispatch_batches is not False:

@@ -4,6 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from backdrop.hub_export.model_folder import check_known
+
 STAGE_FILE = "backdrop_stage.json"
 
 
@@ -17,13 +19,15 @@ def check_start(model: str, wanted: str | None) -> None:
     """Refuses a checkpoint that is unfinished or not of the stage that a recipe starts from.
 
     Raises:
-        ValueError: another stage, no stage, or an unfinished checkpoint.
+        ValueError: another stage, no stage, an unfinished checkpoint, one that is quantised, or another kind of model.
     """
     folder = Path(model)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(
             f"model is {model!r}, which holds no config.json; wanted a finished checkpoint (resume the run that writes it)."
         )
+    if folder.is_dir():
+        check_known(folder)
     if wanted is None:
         return
     note = read_stage(model)

@@ -29,6 +29,13 @@ def convert(
     separate_towers: Annotated[bool, typer.Option(help="A second vision tower for objects.")] = False,
     separate_projectors: Annotated[bool, typer.Option(help="A second projector for objects.")] = False,
     fit: Fit = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(help="Jinja file of a chat template to use in place of the checkpoint's own."),
+    ] = None,
+    system_prompt: Annotated[
+        str | None, typer.Option(help="System message of conversations that have none.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     licence: Licence = "other",
     json_output: Json = False,
@@ -47,6 +54,8 @@ def convert(
         separate_projectors=separate_projectors,
         detector=detector,
         fit=fit,
+        template=None if chat_template is None else chat_template.read_text(encoding="utf-8"),
+        system_prompt=system_prompt,
         **hub,
     )
     base = source if not os.path.isdir(source) else None
@@ -67,6 +76,21 @@ def export(
     base_model: Annotated[str | None, typer.Option(help="Base model for the model card.")] = None,
     notes: Annotated[Path | None, typer.Option(help="Markdown file that goes into the model card.")] = None,
     licence: Licence = "other",
+    language: Annotated[
+        list[str] | None,
+        typer.Option(help="Language that the model answers in, such as en; may be repeated."),
+    ] = None,
+    figures: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="JSON of measured figures for the card: summary.json of `backdrop eval`; may be repeated."
+        ),
+    ] = None,
+    sample: Annotated[Path | None, typer.Option(help="Picture (PNG) for the card; with --question.")] = None,
+    question: Annotated[
+        list[str] | None,
+        typer.Option(help="Question about the picture that the model answers; may be repeated."),
+    ] = None,
     fold: Annotated[
         bool,
         typer.Option(
@@ -78,9 +102,17 @@ def export(
 ) -> None:
     """Write a complete Hub folder that loads with nothing of ours installed."""
     from backdrop.hub_export.export import export_checkpoint
+    from backdrop.hub_export.model_card import read_figures
 
     text = notes.read_text() if notes else ""
-    files = export_checkpoint(checkpoint, out, base_model, licence, text, fold)
+    measured = [figure for path in figures or [] for figure in read_figures(path)]
+    about: dict = {
+        "language": language or (),
+        "figures": measured,
+        "sample": sample,
+        "questions": question or (),
+    }
+    files = export_checkpoint(checkpoint, out, base_model, licence, text, fold, **about)
     if json_output:
         typer.echo(json.dumps({"folder": str(out), "files": len(files)}))
     else:

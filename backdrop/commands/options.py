@@ -62,9 +62,20 @@ def examples(*commands: str) -> dict:
 
 
 def known_model(model: str | None) -> str | None:
-    """Refuses the shipped example where it is not, before the Hub is asked for a repository of its name."""
-    if model is not None and Path(model) == Path(EXAMPLE_MODEL) and not Path(model).is_dir():
+    """Refuses the shipped example where it is not, before the Hub is asked for a repository of its name.
+
+    Also a local folder that holds no model of ours, before anything slow is imported.
+    """
+    if model is None:
+        return None
+    if Path(model) == Path(EXAMPLE_MODEL) and not Path(model).is_dir():
         raise typer.BadParameter(NO_EXAMPLE)
+    from backdrop.hub_export.model_folder import check_known
+
+    try:
+        check_known(model)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     return model
 
 

@@ -174,7 +174,9 @@ def test_what_is_missing_is_named(tmp_path):
         ValueError, match="has columns image, question; it lacks image_id, question_id, answers"
     ):
         load_rows("textvqa", str(tmp_path / "hub"), streaming=True)
-    with pytest.raises(ValueError, match="has columns image, question; it lacks messages, images"):
+    with pytest.raises(
+        ValueError, match="has columns image, question; it lacks messages or prompt and completion"
+    ):
         load_rows("rows", str(tmp_path / "hub"))
     for year in (2014, 2017):
         put_json(tmp_path / f"coco/captions_train{year}.json", {})

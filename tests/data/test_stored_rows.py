@@ -15,6 +15,7 @@ from public_sets import (
     read,
 )
 
+from backdrop.data import files
 from backdrop.data.load import load_rows
 from backdrop.data.rows import TRAINING_FEATURES, BadRowError
 from backdrop.data.stored import STRUCTURED_FEATURES
@@ -107,3 +108,79 @@ def test_a_broken_image_in_a_stored_row(tmp_path):
     assert rows["id"] == ["0"] and "truncated" in dict(bad)["1"]
     with pytest.raises(BadRowError, match="row 1: image cannot be decoded"):
         load_rows("rows", str(tmp_path), on_bad_row="raise")
+
+
+FORMS = {
+    "messages": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    "texts": {"prompt": "<image>\nq", "completion": "a"},
+    "texts without a placeholder": {"prompt": "q", "completion": "a"},
+    "conversations": {
+        "prompt": [{"role": "user", "content": "q"}],
+        "completion": [{"role": "assistant", "content": "a"}],
+    },
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(
+    "images", [{"image": "pictures/a.png"}, {"images": ["pictures/a.png"]}], ids=["image", "images"]
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_in_every_form_that_trl_takes(tmp_path, form, images, streaming):
+    """A folder with one JSON file serves every split; paths are relative to it."""
+    put_image(tmp_path / "pictures" / "a.png")
+    (tmp_path / "mine.json").write_text(json.dumps([FORMS[form] | images]))
+    (tmp_path / "bad_rows.json").write_text("[]")
+    for split in ("train", "validation"):
+        rows, bad = load_rows("rows", str(tmp_path), split=split, streaming=streaming)
+        (row,) = rows
+        assert [(m["role"], m["content"]) for m in row["messages"]] == [("user", "q"), ("assistant", "a")]
+        assert len(row["images"]) == 1 and not len(bad)
+
+
+def test_a_placeholder_without_its_image_is_a_bad_row(tmp_path):
+    rows = [
+        {"prompt": "<image><image>\nq", "completion": "a", "image": "a.png"},
+        {**FORMS["texts"], "image": "a.png"},
+    ]
+    put_image(tmp_path / "a.png")
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    _, bad = load_rows("rows", str(tmp_path))
+    assert dict(bad) == {"0": "2 <image> in the first question for 1 images"}
+
+
+def test_rows_without_messages_in_any_form_are_refused(tmp_path):
+    (tmp_path / "mine.json").write_text(json.dumps([{"prompt": "q", "image": "a.png"}]))
+    with pytest.raises(
+        ValueError, match="has columns prompt, image; it lacks messages or prompt and completion"
+    ):
+        load_rows("rows", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("Dataset scripts are no longer supported, but found x.py"), "holds a loading script"),
+        (ConnectionError("no\nroute"), "own/set cannot be loaded: no route"),
+        (KeyError("feature"), "own/set cannot be loaded: 'feature'"),
+    ],
+)
+def test_every_error_of_datasets_is_one_line(monkeypatch, error, message):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(files, "get_dataset_split_names", fail)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_rows("rows", "own/set")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_repository_of_scripts_names_a_mirror_in_parquet(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("Dataset scripts are no longer supported, but found VQAv2.py")
+
+    monkeypatch.setattr(files, "get_dataset_split_names", fail)
+    with pytest.raises(
+        ValueError, match=r"loading script, .* wanted lmms-lab/VQAv2 \(validation, no train\), or"
+    ):
+        load_rows("vqav2", "HuggingFaceM4/VQAv2", streaming=True)

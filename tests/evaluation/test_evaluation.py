@@ -352,3 +352,25 @@ def test_lmms_eval_runs_the_same_answers(tmp_path):
     assert found == pytest.approx(
         np.mean([t == q.question.answer for t, (_, q) in zip(texts, asked, strict=True)])
     )
+
+
+def test_rows_that_share_an_id_are_asked_about_their_own_images(evaluate, caplog):
+    """Identity is content: neither questions nor images are merged by a name, and what repeats is named."""
+    rows = [replace(row, id="same", image_id="") for row in _examples(4)[:4]]
+    wanted = {f"{i}": row for i, row in enumerate(_examples(4)[:4])}
+    apart = evaluate(
+        "split", out="apart", rows=[replace(row, id=i, image_id="") for i, row in wanted.items()]
+    )
+    summary = evaluate("split", rows=rows)
+    found, alone = (read_predictions(evaluate.path(name))[1] for name in ("run", "apart"))
+    assert [record["id"] for record in found] == ["same", "same~2", "same~3", "same~4"]
+    assert [record["prediction"] for record in found] == [record["prediction"] for record in alone]
+    assert summary["overall"] == apart["overall"] and summary["overall"]["images"] == 4
+    assert summary["repeated_ids"] == ["same"] and "1 ids name more than one row (same)" in caplog.text
+    assert evaluate("split", rows=rows)["overall"] == apart["overall"], "a run that goes on finds its answers"
+
+
+def test_one_name_of_an_image_does_not_merge_two():
+    pictures = [[{"path": None, "bytes": bytes([i])}] for i in range(2)]
+    rows = [Example(str(i), pictures[i], [("q", "a")], image_id="i") for i in range(2)]
+    assert [g.images for g in runs.by_image(rows)] == pictures

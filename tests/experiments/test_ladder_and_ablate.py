@@ -24,6 +24,17 @@ def test_the_ladder_reads_its_stages_and_refuses_unknown_keys(tmp_path):
         read_chain(wrong)
 
 
+def test_what_an_experiment_needs_first_is_in_the_message(tmp_path, monkeypatch):
+    """In a fresh checkout the model that a ladder starts from is not there."""
+    monkeypatch.chdir(tmp_path)
+    wanted = "start is 'runs/scenes/scenes_llava_2/model', where no model is; make it first: backdrop scenes model --work"
+    with pytest.raises(ValueError, match=wanted):
+        run_ladder(read_chain(RECIPES / "ladder" / "scenes.yaml"))
+    with pytest.raises(ValueError, match=wanted):
+        run_matrix(read_matrix(RECIPES / "ablate_scenes.yaml"))
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.real
 @pytest.mark.slow
 def test_a_matrix_and_a_ladder_run_from_start_to_report(tmp_path):

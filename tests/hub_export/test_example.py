@@ -11,15 +11,20 @@ from paths import EXAMPLE, ROOT
 
 from backdrop import modeling, processing
 from backdrop.experiments.steps import SceneScore, headline
+from backdrop.hub_export.model_card import read_figures
 from backdrop.hub_export.renew import outdated, renew
 from backdrop.scenes.exam import FORMS
 
 FOLDER = EXAMPLE
 NOTES = ROOT / "docs" / "scenes-model.md"
+QUESTIONS = ["How many vehicles are there?"]
+FIGURES = ROOT / "docs" / "results" / "data" / "scenes-accuracy.json"
 
 
 def test_its_code_and_card_are_of_this_source():
-    changes = outdated(FOLDER, notes=NOTES.read_text(encoding="utf-8"))
+    changes = outdated(
+        FOLDER, notes=NOTES.read_text(encoding="utf-8"), language=["en"], figures=read_figures(FIGURES)
+    )
     assert not changes, f"{', '.join(changes)} of {FOLDER.name} differ from the source: run `make example`"
 
 

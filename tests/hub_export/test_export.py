@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import yaml
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from optional import require_ultralytics
 from packaging.requirements import Requirement
-from paths import EXAMPLE
+from paths import EXAMPLE, ROOT
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -23,7 +25,7 @@ from backdrop.hub_export.chat_template import chat_template
 from backdrop.hub_export.checkpoint import load_checkpoint, load_model
 from backdrop.hub_export.export import EXPORTED_NAMES, export, export_checkpoint
 from backdrop.hub_export.extend import extend_model
-from backdrop.hub_export.model_card import REPO_PLACEHOLDER, model_card
+from backdrop.hub_export.model_card import REPO_PLACEHOLDER, Figure, model_card, read_figures
 from backdrop.hub_export.verify import clean_environment
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.patch_groups_backdrop import group_to_image, save_group
@@ -576,3 +578,75 @@ def test_clean_process_answers_the_same(tmp_path):
         "tokenizer_config.json",
         "generation_config.json",
     }
+
+
+def front_matter(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+@pytest.mark.parametrize("licence", ["llama2: x", "other", "no", "a\nb: c", "'\"#", "[x]"])
+def test_any_text_may_stand_in_the_cards_front_matter(licence):
+    figures = [Figure("made: scenes", "accuracy, 'split'", "accuracy", 0.98234)]
+    card = model_card(
+        tiny.backdrop_config(), "a: b", "o/base", licence, language=["en", "no"], figures=figures
+    )
+    found = front_matter(card)
+    assert (found["license"], found["base_model"], found["language"]) == (licence, "o/base", ["en", "no"])
+    (entry,) = found["model-index"]
+    assert entry["name"] == "a: b" and entry["results"][0]["metrics"][0]["value"] == 98.23
+    assert len(model_index_to_eval_results(found["model-index"])[1]) == 1  # as the Hub's own client reads it
+    with_detector = front_matter(model_card(tiny.backdrop_config(), "a", None, licence, "yolo.pt"))
+    assert with_detector["license_name"] == f"{licence}-with-agpl-3.0-detector"
+
+
+def test_no_place_of_this_machine_ships(tmp_path):
+    model, processor = tiny_pair()
+    model.config._name_or_path = model.config.vision_config._name_or_path = "runs/v2/tower"
+    processor.tokenizer.init_kwargs["name_or_path"] = "runs/v2/tower"
+    export(model, processor, tmp_path / "out")
+    texts = {path.name: path.read_text() for path in (tmp_path / "out").glob("*.json")}
+    assert not [name for name, text in texts.items() if "runs/v2" in text or "name_or_path" in text]
+    for path in EXAMPLE.glob("*.json"):
+        assert "name_or_path" not in path.read_text(), path.name
+
+
+def test_the_base_model_is_known_through_the_stages_before(tmp_path):
+    model, processor = tiny_pair()
+    export(model, processor, tmp_path / "start", base_model="owner/base")
+    for name, before in (("align", "start"), ("finetune", "align")):
+        model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+        note = {"stage": name, "recipe": {"model": str(tmp_path / before)}}
+        (tmp_path / name / "backdrop_stage.json").write_text(json.dumps(note))
+    export_checkpoint(tmp_path / "finetune", tmp_path / "out")
+    assert front_matter((tmp_path / "out" / "README.md").read_text())["base_model"] == "owner/base"
+
+
+def test_figures_of_a_card_are_those_that_were_measured(tmp_path):
+    found = read_figures(ROOT / "docs" / "results" / "data" / "scenes-accuracy.json")
+    assert [round(figure.value, 3) for figure in found if "another frame" in figure.name] == [0.980]
+    summary = {
+        "data": "textvqa",
+        "mode": "split",
+        "figures": ["accuracy"],
+        "overall": {"accuracy": {"value": 0.5}},
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert [(f.dataset, f.value) for f in read_figures(tmp_path / "summary.json")] == [("textvqa", 0.5)]
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds no figures"):
+        read_figures(tmp_path / "other.json")
+
+
+def test_a_sample_picture_ships_with_its_questions(tmp_path):
+    picture = tmp_path / "frame.png"
+    tiny.photo().save(picture)
+    files = export(*tiny_pair(), tmp_path / "out", sample=picture, questions=["what: is it?"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    (widget,) = front_matter(card)["widget"]
+    assert widget == {"src": "sample.png", "text": "what: is it?"} and "sample.png" in files
+    assert "![A picture and questions about it](sample.png)" in card and "- what: is it?" in card
+    export(*tiny_pair(), tmp_path / "out")  # an earlier export with a picture is replaced
+    assert not (tmp_path / "out" / "sample.png").exists()
+    with pytest.raises(ValueError, match="belong together"):
+        export(*tiny_pair(), tmp_path / "other", questions=["what?"])

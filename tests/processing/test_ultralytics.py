@@ -157,7 +157,8 @@ assert "ultralytics" not in sys.modules and "cv2" not in sys.modules
 torch.set_num_threads(3)
 torch.manual_seed(5)
 names = ("OMP_NUM_THREADS", "NUMEXPR_MAX_THREADS", "TF_CPP_MIN_LOG_LEVEL", "TORCH_CPP_LOG_LEVEL",
-         "KINETO_LOG_LEVEL", "CUBLAS_WORKSPACE_CONFIG", "YOLO_CONFIG_DIR")
+         "KINETO_LOG_LEVEL", "CUBLAS_WORKSPACE_CONFIG", "YOLO_CONFIG_DIR", "CUDA_VISIBLE_DEVICES",
+         "RANK", "LOCAL_RANK", "WORLD_SIZE")
 def state():
     return (torch.get_num_threads(), torch.get_rng_state().tolist(), np.get_printoptions(),
             np.random.get_state()[1].tolist(), torch.get_default_dtype(), torch.is_grad_enabled(),

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
@@ -14,6 +15,7 @@ from unittest import mock
 
 from paths import ROOT, SUPPORT
 
+TIMEOUT_S = 300  # of a run; processes that wait for each other for ever are killed
 PRELOADED = ["pytest", "programs", "trl.scripts.sft"]
 
 
@@ -53,8 +55,9 @@ class ForkServer:
             started.append(
                 self.start(function, *arguments, log=log, environment=ranks | dict(environment or {}))
             )
+        end = time.monotonic() + TIMEOUT_S
         for process in started:
-            process.join(300)
+            process.join(max(0.0, end - time.monotonic()))
         output = log.read_text()
         codes = [process.exitcode for process in started]
         for process in started:

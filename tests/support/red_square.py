@@ -15,5 +15,6 @@ def scene(x: int = 0, y: int = 0, width: int = 14) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def groups_of(processor, image):
-    return [group_to_image(g, tiny.PATCH, processor.geometry()) for g in processor.image_groups([image])[0]]
+def groups_of(processor, image, **options):
+    groups = processor.image_groups([image], **options)[0]
+    return [group_to_image(group, tiny.PATCH, processor.geometry()) for group in groups]

@@ -7,6 +7,7 @@ from datasets import Dataset, Features, Image, List, Value
 from red_square import groups_of, scene
 from trl import ModelConfig, SFTConfig
 
+from backdrop.processing.detector_backdrop import ObjectDetector
 from backdrop.processing.processing_backdrop import BackdropProcessor
 from backdrop.train.arguments import BackdropArguments
 from backdrop.train.sft import build_trainer
@@ -15,6 +16,13 @@ FEATURES = Features(
     {"images": List(Image()), "messages": List({"role": Value("string"), "content": Value("string")})}
 )
 CPU = ["--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false"]
+
+
+def example(images: list, number: int) -> dict:
+    """A row: a question about images or groups, and one of two answers."""
+    answer = ["a red bus", "a bus"][number % 2]
+    messages = [{"role": "user", "content": "what is shown?"}, {"role": "assistant", "content": answer}]
+    return {"images": images, "messages": messages}
 
 
 def save_base(processor: BackdropProcessor, folder: Path) -> None:
@@ -28,16 +36,7 @@ def save_base(processor: BackdropProcessor, folder: Path) -> None:
     )
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
-    examples = [
-        {
-            "images": groups_of(processor.image_processor, scene(14 * (i % 4), 14)),
-            "messages": [
-                {"role": "user", "content": "what is shown?"},
-                {"role": "assistant", "content": ["a red bus", "a bus"][i % 2]},
-            ],
-        }
-        for i in range(8)
-    ]
+    examples = [example(groups_of(processor.image_processor, scene(14 * (i % 4), 14)), i) for i in range(8)]
     Dataset.from_list(examples, features=FEATURES).save_to_disk(folder / "rows")
 
 
@@ -63,3 +62,22 @@ def trainer_for(base, options=None, **arguments):
     )
     values = BackdropArguments(model=str(base / "model"), dataset=str(base / "rows"), **arguments)
     return build_trainer(values, training, options or ModelConfig())
+
+
+def save_mixed(base: Path, detector: Path) -> None:
+    """Gives the model of `base` a YOLO detector, and writes `mixed`: three batches of four examples, in order.
+
+    Of two processes with two examples of a batch each, one has ordinary pictures, which the detector splits; the other
+    has text alone, text alone, background groups alone.
+    """
+    processor = BackdropProcessor.from_pretrained(base / "model")
+    processor.image_processor.set_detector(ObjectDetector.from_name_or_path(str(detector)))
+    # The weights are random: the best of whatever boxes there are.
+    processor.image_processor.confidence, processor.image_processor.objects = 0.0, "most_confident"
+    processor.save_pretrained(base / "model")
+    pictures = [[scene(14 * (i % 4), 14)] for i in range(6)]
+    grounds = [groups_of(processor.image_processor, picture[0], split=False) for picture in pictures[:2]]
+    order = [*pictures[:2], [], [], [], [], *pictures[2:4], *grounds, *pictures[4:]]
+    Dataset.from_list([example(images, i) for i, images in enumerate(order)], features=FEATURES).save_to_disk(
+        base / "mixed"
+    )

@@ -11,7 +11,8 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from trainings import words
+from tiny_yolo import tiny_yaml
+from trainings import save_mixed, words
 
 from backdrop.experiments import steps
 from backdrop.hub_export.export import export_checkpoint
@@ -19,9 +20,14 @@ from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
 from backdrop.processing.processing_backdrop import BackdropProcessor
 from backdrop.train.arguments import parse
+from backdrop.train.sft import main as sft_main
 from backdrop.train.sft import run
 
 STEPS = ["--max_steps", 2, "--logging_steps", 1, "--save_strategy", "steps", "--save_steps", 1, "--seed", 3]
+
+
+def logged_losses(folder):
+    return [entry["loss"] for entry in json.loads((folder / "log.json").read_text()) if "loss" in entry]
 
 
 def test_two_processes_train_alike(base, fork_server):
@@ -33,15 +39,69 @@ def test_two_processes_train_alike(base, fork_server):
     output = fork_server.run(programs.accelerate_launch, [*launch, *two], log=base / "two.log")
     assert output.count("What trains") == 1
     run(*parse(words(base, *options, "--per_device_train_batch_size", 4, out="one")))
-    one, two = (
-        [entry["loss"] for entry in json.loads((base / name / "log.json").read_text()) if "loss" in entry]
-        for name in ("one", "two")
-    )
+    one, two = (logged_losses(base / name) for name in ("one", "two"))
     assert len(two) == 2
     assert two == pytest.approx(one, rel=0.02)
     checkpoints = sorted(path.name for path in (base / "two").glob("checkpoint-*"))
     assert checkpoints == ["checkpoint-1", "checkpoint-2"]
     BackdropForConditionalGeneration.from_pretrained(base / "two")
+
+
+# Every batch of these examples has one process without something that the other has: pictures to split, objects, images.
+MIXED = {
+    "lora, checkpointing, workers": (
+        ["--use_peft", "true", "--lora_r", 2, "--lora_also_trains", "multi_modal_projector", "prefusion"],
+        ["--gradient_checkpointing", "true", "--separate_projectors", "true", "--dataloader_num_workers", 1],
+    ),
+    "lora": (["--use_peft", "true", "--lora_r", 2], []),
+    "projectors, checkpointing": (
+        ["--trainable", "multi_modal_projector", "separators"],
+        ["--gradient_checkpointing", "true", "--separate_projectors", "true"],
+    ),
+    "everything, workers": (
+        ["--trainable", "vision_tower", "multi_modal_projector", "prefusion", "language_model"],
+        ["--separate_projectors", "true", "--separate_vision_towers", "true", "--dataloader_num_workers", 2],
+    ),
+    "everything, checkpointing": (
+        ["--trainable", "vision_tower", "multi_modal_projector", "prefusion", "language_model"],
+        ["--gradient_checkpointing", "true"],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("trains", "more"),
+    [
+        pytest.param(*case, id=name, marks=[pytest.mark.real] if i else [])
+        for i, (name, case) in enumerate(MIXED.items())
+    ],
+)
+def test_two_processes_with_mixed_rows_train_alike(base, fork_server, trains, more):
+    """Detectors are loaded while the other process is in a collective operation; parts are unused in one of the two."""
+    save_mixed(base, tiny_yaml(base, "detect"))
+    options = [
+        "--dataset",
+        base / "mixed",
+        *trains,
+        *more,
+        "--max_steps",
+        3,
+        "--logging_steps",
+        1,
+        "--seed",
+        3,
+    ]
+    options += ["--train_sampling_strategy", "sequential", "--save_strategy", "no", "--lora_dropout", 0]
+    fork_server.run(
+        sft_main,
+        words(base, *options, "--per_device_train_batch_size", 2, out="two"),
+        log=base / "two.log",
+        processes=2,
+    )
+    run(*parse(words(base, *options, "--per_device_train_batch_size", 4, out="one")))
+    one, two = (logged_losses(base / name) for name in ("one", "two"))
+    assert len(two) == 3
+    assert two == pytest.approx(one, rel=1e-4)
 
 
 SHARDED = {
@@ -131,3 +191,22 @@ def test_trl_sft_runs_on_the_exported_folder(base, fork_server):
     )
     assert BackdropProcessor.from_pretrained(base / "trl").use_separators
     BackdropForConditionalGeneration.from_pretrained(base / "trl")
+
+
+@pytest.mark.real
+def test_sharded_processes_with_mixed_rows_train_alike(base, fork_server):
+    """FSDP2 gathers a layer's shards where all processes reach it: the tower's too, in a process with text alone."""
+    save_mixed(base, tiny_yaml(base, "detect"))
+    trains = ["vision_tower", "multi_modal_projector", "prefusion", "language_model"]
+    options = ["--dataset", base / "mixed", "--trainable", *trains, "--separate_vision_towers", "true"]
+    options += ["--max_steps", 3, "--logging_steps", 1, "--seed", 3, "--save_strategy", "no"]
+    options += ["--train_sampling_strategy", "sequential", "--optim", "sgd", "--learning_rate", 0.1]
+    fork_server.run(
+        programs.train_sharded,
+        words(base, *options, "--per_device_train_batch_size", 2, out="two"),
+        log=base / "two.log",
+        processes=2,
+    )
+    run(*parse(words(base, *options, "--per_device_train_batch_size", 4, out="one")))
+    one, two = (logged_losses(base / name) for name in ("one", "two"))
+    assert len(two) == 3 and two == pytest.approx(one, rel=1e-3)

@@ -1,11 +1,14 @@
 """Recipes that do not fit are refused before a weight is read."""
 
+from dataclasses import fields
+
 import pytest
 import yaml
-from trainings import CPU, trainer_for
+from trainings import CPU, trainer_for, words
 from trl import ModelConfig, SFTConfig
 
-from backdrop.train.arguments import BackdropArguments, parse
+from backdrop.train.arguments import UNREAD, BackdropArguments, TrainingConfig, parse
+from backdrop.train.recipe import check_recipe
 from backdrop.train.sft import build_trainer, run
 
 
@@ -50,3 +53,40 @@ def test_a_length_limit_and_a_wrong_module_are_refused(base):
     values = BackdropArguments(model=str(base / "model"), dataset=str(base / "rows"))
     with pytest.raises(ValueError, match="max_length is 1024"):
         build_trainer(values, SFTConfig(output_dir=str(base / "o"), use_cpu=True, bf16=False), ModelConfig())
+
+
+UNREAD_VALUES = {
+    "model_init_kwargs": '{"dtype": "float32"}',
+    "dataset_kwargs": '{"skip_prepare_dataset": true}',
+    "dataset_num_proc": "2",
+    "include_for_metrics": "loss",
+    "chat_template_path": "template.jinja",
+    "dataset_text_field": "words",
+    "truncation_mode": "keep_end",
+    "pad_token": "</s>",
+    "hub_model_id": "owner/name",
+    "hub_revision": "main",
+    "hub_token": "none",
+}
+
+
+@pytest.mark.parametrize("name", sorted(UNREAD))
+def test_options_that_do_nothing_here_are_refused_by_name(base, name):
+    if name not in {option.name for option in fields(TrainingConfig)}:
+        pytest.skip(f"this version has no {name}")
+    given = parse(
+        words(
+            base, *([] if name == "liger_kernel_config" else [f"--{name}", UNREAD_VALUES.get(name, "true")])
+        )
+    )
+    if name == "liger_kernel_config":  # a dictionary: from a recipe's file alone
+        given[1].liger_kernel_config = {"rope": True}
+    with pytest.raises(ValueError, match=f"^{name} is .*, which does nothing here; wanted "):
+        check_recipe(*given)
+
+
+def test_several_gpus_of_one_process_are_refused(base):
+    arguments, training, options = parse(words(base))
+    training._n_gpu = 2
+    with pytest.raises(ValueError, match="2 GPUs are visible to one process, .* wanted `accelerate launch"):
+        check_recipe(arguments, training, options)

@@ -27,7 +27,7 @@ from backdrop.processing.processing_backdrop import BackdropProcessor
 from ..adapters import lora_config
 from ..trainable import select_trainable
 from .peak import estimate, meta_model
-from .step import full_batch
+from .step import full_batch, split_evenly
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def measure(case: CheckCase) -> dict[str, int]:
             args=training,
             train_dataset=examples,
             processing_class=processor,
-            data_collator=lambda _: full_batch(config, training, CHECK_LENGTH, 1, 2),
+            data_collator=lambda _: full_batch(config, training, CHECK_LENGTH, split_evenly(config, 1, 2)),
             peft_config=lora_config(model, options, ["multi_modal_projector"]) if options.use_peft else None,
         )
         trainer.train()

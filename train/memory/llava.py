@@ -11,7 +11,7 @@ from trl import ModelConfig, SFTConfig
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 
 from .peak import estimate, meta_model
-from .result import PARTS
+from .result import CARDS, PARTS
 
 
 def llava_config() -> BackdropConfig:
@@ -55,8 +55,7 @@ LLAVA_CASES: list[dict] = [
         for rows, n, sharding in ((1, 4, "zero2"), (1, 8, "zero2"), (16, 8, "zero3"))
     ),
 ]
-DEVICES = (24, 40, 80)
-LLAVA_COLUMNS = ["method", "rows", "tokens", *PARTS, "overhead", "total GiB", *(f"{g} GB" for g in DEVICES)]
+LLAVA_COLUMNS = ["method", "rows", "tokens", *PARTS, "overhead", "total GiB", *(f"{gb} GB" for gb in CARDS)]
 
 
 def llava_estimates(cases: Iterable[dict] = tuple(LLAVA_CASES)) -> list[dict]:
@@ -92,7 +91,7 @@ def llava_estimates(cases: Iterable[dict] = tuple(LLAVA_CASES)) -> list[dict]:
                 sharding=case["sharding"],
             )
         sizes = {part["part"]: round(part["gib"], 2) for part in found.table()}
-        fits = {f"{gib} GB": found.fits(gib) for gib in DEVICES}
+        fits = {f"{gb} GB": found.fits(gib) for gb, gib in CARDS.items()}
         estimates.append({**case, **sizes, "phase": found.phase, "fits": fits})
         print(*llava_cells(estimates[-1]), sep="  ", file=sys.stderr, flush=True)
     return estimates

@@ -54,6 +54,8 @@ The same code with CUDA's kernels put in makes the table above; it has not been 
 
 ## What is assumed
 
+- A card offers less than its name says ({cards}), and the table leaves {margin} of the estimate free: for what runs took beyond
+  it, and for a display or other programs.
 - CUDA context and libraries take {context}; the caching allocator cannot hand out {fragmentation} of what it holds. Both are
   usual values, not measured here. `overhead` is their sum.
 - Attention on a GPU: flash in half precision without a mask, memory-efficient otherwise (PyTorch's own choice); its backward

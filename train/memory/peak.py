@@ -27,7 +27,7 @@ from .ledger import Ledger
 from .optimizers import check_optimizer
 from .quantised import quantise
 from .result import CUDA_CONTEXT, FRAGMENTATION, MemoryEstimate
-from .step import prepare_for_training, run_step, without_data
+from .step import prepare_for_training, run_step, split_evenly, without_data
 
 CUDA_BLOCK = 512  # kMinBlockSize of c10/cuda/CUDACachingAllocator.h: every allocation is rounded up to it
 SHARDINGS = ("ddp", "zero1", "zero2", "zero3", "fsdp")
@@ -41,6 +41,7 @@ def estimate(
     sequence_length: int,
     images_per_example: int = 1,
     groups_per_image: int = 2,
+    example_groups: Sequence[tuple[int, int]] | None = None,
     processes: int = 1,
     sharding: str = "ddp",
     device: str = "cuda",
@@ -57,19 +58,25 @@ def estimate(
         sequence_length: `L`, tokens of the longest example, image tokens included.
         images_per_example: images of every example.
         groups_per_image: groups of patches that every image is split into.
+        example_groups: in place of these two, (patches, kind) of each group of every example; ready-made groups may overlap.
         processes: data-parallel processes.
         sharding: what the processes divide among them: nothing ("ddp"), optimizer states ("zero1"), also gradients
             ("zero2"), also weights ("zero3", "fsdp").
         device: the device to model, "cuda" or "cpu"; it need not be present.
 
     Raises:
-        ValueError: an unknown optimizer, sharding or device, or a sequence too short for its images.
+        ValueError: an unknown optimizer, sharding or device, a sequence too short for its images, or DoRA over a
+            quantised model, which the estimate does not know.
     """
     if sharding not in SHARDINGS:
         raise ValueError(f"sharding is {sharding!r}; wanted one of {', '.join(SHARDINGS)}.")
     if device not in ("cuda", "cpu"):
         raise ValueError(f"device is {device!r}; wanted 'cuda' or 'cpu'.")
     check_optimizer(training.optim)
+    if options.use_dora and (options.load_in_4bit or options.load_in_8bit):
+        raise ValueError(
+            "use_dora is true with load_in_4bit or load_in_8bit, whose memory is not estimated; wanted one of them."
+        )
     gpu = device == "cuda"
     ledger = Ledger(block=CUDA_BLOCK if gpu else 1)
     with contextlib.ExitStack() as stack:
@@ -85,9 +92,10 @@ def estimate(
         if gpu:
             stack.enter_context(gpu_kernels())
         masters = processes > 1 and sharding.startswith("zero")
-        host = run_step(
-            model, training, ledger, gpu, masters, (sequence_length, images_per_example, groups_per_image)
-        )
+        if example_groups is None:
+            with torch.utils._python_dispatch._disable_current_modes():
+                example_groups = split_evenly(model.config, images_per_example, groups_per_image)
+        host = run_step(model, training, ledger, gpu, masters, sequence_length, example_groups)
     peaks = ledger.peaks
     if processes > 1:
         peaks = {

@@ -10,7 +10,7 @@ from rich.table import Table
 from .checks import CHECK_COLUMNS, CHECK_LENGTH, CHECK_ROWS, check, check_cells
 from .llava import LLAVA_COLUMNS, llava_cells, llava_estimates
 from .page import PAGE
-from .result import CUDA_CONTEXT, FRAGMENTATION
+from .result import CARDS, CUDA_CONTEXT, FRAGMENTATION, MARGIN
 
 
 def run_memory(docs: Path | None = None, checked: bool = False) -> None:
@@ -57,6 +57,8 @@ def page(comparisons: list[dict], estimates: list[dict]) -> str:
         llava=_markdown_table(LLAVA_COLUMNS, map(llava_cells, estimates)),
         check=_markdown_table(CHECK_COLUMNS, map(check_cells, comparisons)),
         worst=f"{worst['error']:+.1%} ({worst['case']})",
+        cards=", ".join(f"{gb} GB: {gib} GiB" for gb, gib in CARDS.items()),
+        margin=f"{MARGIN:.0%}",
         context=f"{CUDA_CONTEXT / 2**20:.0f} MiB",
         fragmentation=f"{FRAGMENTATION:.0%}",
         rows=CHECK_ROWS,

@@ -1,6 +1,6 @@
 """The result of a memory estimate: bytes by part at the moment of the peak."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -13,6 +13,11 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "temporaries")
 CUDA_CONTEXT = 640 * 2**20
 # Bytes that PyTorch's caching allocator reserves and cannot hand out (block splitting), as a share of what is allocated.
 FRAGMENTATION = 0.04
+# GB that a card is sold with -> GiB that CUDA offers of it (`torch.cuda.get_device_properties(0).total_memory`): the driver and
+# error correction keep the rest. Of the cards of a size (RTX 3090 and 4090; A100; A100 and H100) the smallest.
+CARDS = {24: 23.5, 40: 39.4, 80: 79.1}
+# Share of the estimate that must be left free: runs on a GPU took up to 4% more, and a display or another program takes some.
+MARGIN = 0.05
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,8 @@ class MemoryEstimate:
         return self.allocated + self.overhead
 
     def fits(self, gib: float) -> bool:
-        """Whether the peak is within a device of so many GiB."""
-        return self.total <= gib * GIB
+        """Whether the peak and a margin (`MARGIN`) are within so many GiB, such as the size of one of `CARDS`."""
+        return with_margin(self.total) <= gib * GIB
 
     def table(self) -> list[dict]:
         """A dictionary for each part: name, bytes, GiB, share of the total."""
@@ -67,8 +72,13 @@ class MemoryEstimate:
         ]
 
 
-def print_memory(estimate: MemoryEstimate, devices: Iterable[float] = (24, 40, 80)) -> None:
-    """Prints the parts as a table, and on which devices (sizes in GiB) the run fits."""
+def with_margin(size: float) -> float:
+    """A peak and what must be left free beside it, in the same unit."""
+    return size * (1 + MARGIN)
+
+
+def print_memory(estimate: MemoryEstimate, cards: Mapping[int, float] = CARDS) -> None:
+    """Prints the parts as a table, and on which cards (as `CARDS`) the run fits."""
     table = Table("part", "GiB", "share", title=f"Memory at the peak ({estimate.phase})")
     for row in estimate.table():
         table.add_row(
@@ -78,5 +88,7 @@ def print_memory(estimate: MemoryEstimate, devices: Iterable[float] = (24, 40, 8
             style="bold" if row["part"] == "total" else None,
         )
     Console().print(table)
-    verdicts = ", ".join(f"{gib:g} GiB: {'yes' if estimate.fits(gib) else 'no'}" for gib in devices)
-    Console().print(f"Fits {verdicts}")
+    verdicts = ", ".join(
+        f"{gb} GB ({gib} GiB): {'yes' if estimate.fits(gib) else 'no'}" for gb, gib in cards.items()
+    )
+    Console().print(f"Fits a card of {verdicts}; {MARGIN:.0%} are left free", soft_wrap=True)

@@ -1,6 +1,7 @@
 """One training step of `SFTTrainer`, on tensors without data."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 import trl.trainer.utils
@@ -9,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from trl import SFTConfig
 
 from backdrop.hub_export.checkpoint import tower_config
-from backdrop.modeling.configuration_backdrop import BackdropConfig
+from backdrop.modeling.configuration_backdrop import BACKGROUND, OBJECT, BackdropConfig
 
 from ..adapters import give_head_a_bias
 from .kernels import is_half
@@ -23,13 +24,15 @@ def run_step(
     ledger: Ledger,
     gpu: bool,
     masters: bool,
-    lengths: tuple[int, int, int],
+    length: int,
+    groups: Sequence[tuple[int, int]],
 ) -> int:
     """Runs one step as `SFTTrainer` does from the second step on; returns the bytes of paged optimizer states.
 
     Args:
         masters: half-precision weights have float32 copies that the optimizer steps (ZeRO).
-        lengths: `sequence_length`, `images_per_example` and `groups_per_image` of `estimate`.
+        length: `sequence_length` of `estimate`.
+        groups: (patches, kind) of each group of every example.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -60,7 +63,7 @@ def run_step(
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.assign("gradients", [p.grad]))
 
     ledger.phase = "forward"
-    batch = full_batch(model.config, training, *lengths)
+    batch = full_batch(model.config, training, length, groups)
     amp = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
     saving = torch.autograd.graph.saved_tensors_hooks(ledger.save, lambda tensor: tensor)
     with saving, torch.autocast("cpu", dtype=amp, enabled=amp is not None):
@@ -133,27 +136,36 @@ def recomputation(training: SFTConfig) -> tuple[bool, dict]:
     return bool(getattr(training, name)), dict(getattr(training, f"{name}_kwargs") or {})
 
 
-def full_batch(config: BackdropConfig, training: SFTConfig, length: int, images: int, groups: int) -> dict:
+def split_evenly(config: BackdropConfig, images: int, groups: int) -> list[tuple[int, int]]:
+    """(patches, kind) of each group of so many images, each split into so many groups, the first of them background.
+
+    The groups are of unequal size, so that the tower packs them into shared sequences under a mask, as in training.
+    """
+    patches = config.num_patches
+    owner = torch.arange(patches) * groups // patches
+    owner[: patches // (4 * groups)] = groups - 1
+    sizes = torch.bincount(owner, minlength=groups).tolist()
+    return [(size, BACKGROUND if g == 0 else OBJECT) for g, size in enumerate(sizes)] * images
+
+
+def full_batch(
+    config: BackdropConfig, training: SFTConfig, length: int, groups: Sequence[tuple[int, int]]
+) -> dict:
     """A batch of examples of the same length; all but the first have one position of padding, which changes the
     attention kernel.
+
+    Args:
+        groups: (patches, kind) of each group of every example.
 
     Returns:
         input_ids, attention_mask, labels `[B, L]`, pixel_values `[G, 3, S, S]`, patch_mask `[G, P]`, group_kind `[G]`.
     """
-    rows, patches, side = (
-        training.per_device_train_batch_size,
-        config.num_patches,
-        tower_config(config).image_size,
-    )
-    image_tokens = images * (patches + groups * config.extra_tokens_per_group)
+    rows, side = training.per_device_train_batch_size, tower_config(config).image_size
+    image_tokens = sum(size + config.extra_tokens_per_group for size, _ in groups)
     if length <= image_tokens:
         raise ValueError(
-            f"sequence_length is {length}; wanted more than the {image_tokens} tokens of {images} image(s)."
+            f"sequence_length is {length}; wanted more than the {image_tokens} tokens of {len(groups)} patch group(s)."
         )
-    owner = torch.arange(patches) * groups // patches
-    # Groups of unequal size, so that the tower packs them into shared sequences under a mask, as in training.
-    owner[: patches // (4 * groups)] = groups - 1
-    mask = owner == torch.arange(groups)[:, None]  # [groups, P]
     text = int(config.image_token_id == 0)
     ids = torch.full((rows, length), text)
     ids[:, 1 : 1 + image_tokens] = config.image_token_id
@@ -163,8 +175,9 @@ def full_batch(config: BackdropConfig, training: SFTConfig, length: int, images:
     if training.assistant_only_loss:
         labels = labels.masked_fill(ids == config.image_token_id, -100)
     batch = {"input_ids": ids, "attention_mask": attention_mask, "labels": labels}
-    if images:
-        batch["pixel_values"] = torch.zeros(rows * images * groups, 3, side, side)
-        batch["patch_mask"] = mask.repeat(rows * images, 1)
-        batch["group_kind"] = (torch.arange(groups) > 0).long().repeat(rows * images)
+    if groups:
+        sizes, kinds = torch.tensor(groups).T
+        batch["pixel_values"] = torch.zeros(rows * len(groups), 3, side, side)
+        batch["patch_mask"] = (torch.arange(config.num_patches) < sizes[:, None]).repeat(rows, 1)
+        batch["group_kind"] = kinds.repeat(rows)
     return batch
