@@ -14,6 +14,9 @@ from transformers.utils import TransformersKwargs
 # What transformers' own loops and its flash attention may send to any model.
 TRANSFORMERS_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | {
     "debug_io",
+    # Of `generate` with stop strings, which hands them to every step of some loops.
+    "tokenizer",
+    "assistant_tokenizer",
     # Continuous batching (`generate_batch`): the attention functions take these without naming them.
     "cache",
     "block_table",
