@@ -48,7 +48,7 @@ test-real: setup ## tests with trained parts and real photos
 	$(BIN)/python -m pytest -m real -q $(PARALLEL)
 
 example: setup ## renew the code and the card of examples/scenes-model from this source
-	@$(BIN)/python -m backdrop.hub_export.renew examples/scenes-model --notes docs/scenes-model.md
+	@$(BIN)/python -m backdrop.hub_export.renew examples/scenes-model --notes docs/scenes-model.md --system-prompt ""
 
 check: setup ## lint, format, who may import whom, types, tables from their JSON
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Brings an exported folder's code and texts up to this source. Weights and JSON stay as they are.
 
-    python -m backdrop.hub_export.renew examples/scenes-model --notes docs/scenes-model.md
+    python -m backdrop.hub_export.renew examples/scenes-model --notes docs/scenes-model.md --system-prompt ""
 
 `make example` runs this for the example that is kept in the repository.
 """
@@ -11,17 +11,25 @@ from typing import Any
 
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 
+from .chat_template import chat_template
 from .export import code_files, folder_texts
+
+TEMPLATE = "chat_template.jinja"
 
 
 def outdated(
-    folder: Path, base_model: str | None = None, licence: str = "apache-2.0", notes: str = ""
+    folder: Path,
+    base_model: str | None = None,
+    licence: str = "apache-2.0",
+    notes: str = "",
+    system_prompt: str | None = None,
 ) -> dict[str, str | None]:
     """Code and texts of `folder` that differ from what an export would write now.
 
     Args:
         folder: an exported folder.
         base_model, licence, notes: what the folder was exported with; see `export`.
+        system_prompt: of its chat template, where that is `chat_template`'s; None: the template is not looked at.
 
     Returns:
         File name -> the text that it should have, None for code that no longer exists.
@@ -31,6 +39,8 @@ def outdated(
     }
     config = BackdropConfig.from_pretrained(folder)
     wanted |= folder_texts(folder, config, folder.resolve().name, base_model, licence, notes)
+    if system_prompt is not None:
+        wanted[TEMPLATE] = chat_template(system_prompt)
     wanted |= {path.name: None for path in folder.glob("*.py") if path.name not in wanted}
     return {name: text for name, text in wanted.items() if text != _read(folder / name)}
 
@@ -55,9 +65,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Renews code and texts of an exported folder.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--notes", type=Path, help="Markdown for the end of the model card")
+    parser.add_argument("--system-prompt", help="renews the chat template too, with this default prompt")
     options = parser.parse_args()
     notes = options.notes.read_text(encoding="utf-8") if options.notes else ""
-    changed = renew(options.folder, notes=notes)
+    changed = renew(options.folder, notes=notes, system_prompt=options.system_prompt)
     print(f"{options.folder}: {len(changed)} files renewed" + "".join(f"\n  {name}" for name in changed))
 
 

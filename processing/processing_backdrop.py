@@ -70,9 +70,17 @@ class BackdropProcessor(ProcessorMixin):
         """As `ProcessorMixin`'s. Inside vLLM an ordinary image is one background group (plain LLaVA).
 
         The engine takes one entry of `pixel_values` for each image, so clients split (`backdrop.serving`).
+
+        A text that begins with BOS, as the chat template writes it, gets no second one from the tokenizer: a template
+        applied first and tokenized here gives the ids of `apply_chat_template(tokenize=True)`.
         """
         if images is not None and "vllm" in sys.modules:
             kwargs.setdefault("split", False)
+        texts = [text] if isinstance(text, str) else text or []
+        bos = getattr(self.tokenizer, "bos_token", None)
+        given = "add_special_tokens" in kwargs.get("text_kwargs", {})
+        if bos and texts and not given and all(isinstance(t, str) and t.startswith(bos) for t in texts):
+            kwargs.setdefault("add_special_tokens", False)
         return super().__call__(images=images, text=text, **kwargs)
 
     def validate_inputs(self, images=None, text=None, **kwargs):
