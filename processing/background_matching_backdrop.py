@@ -19,7 +19,7 @@ from .background_tracking_backdrop import BackgroundTracker
 from .matches_backdrop import Match, MatchReport
 from .patch_groups_backdrop import pixel_mask
 from .reference_descriptors_backdrop import Candidate
-from .reference_store_backdrop import Reference, ReferenceStore
+from .reference_store_backdrop import KnownBackground, Reference, ReferenceStore
 from .staleness_backdrop import patch_staleness, reusable_patches
 
 logger = logging.get_logger(__name__)
@@ -78,7 +78,7 @@ class BackgroundMatcher:
         if ttl is not None and ttl <= 0:
             raise ValueError(f"ttl is {ttl}; wanted seconds above 0, or None.")
         self.patch_size = patch_size
-        self.tolerance = tolerance
+        self._tolerance = tolerance
         self.min_reuse = min_reuse
         self.max_overridden = max_overridden
         self.detect = detect
@@ -90,7 +90,13 @@ class BackgroundMatcher:
             ("matches", "misses", "refreshes", "expired", "patches_reused", "patches_fresh"), 0
         )
         self._lock = threading.Lock()
-        self._scope = contextvars.ContextVar("background_matching_scope", default=("", False))
+        self._scope = contextvars.ContextVar("background_matching_scope", default=("", False, None))
+
+    @property
+    def tolerance(self) -> float:
+        """Largest staleness that is reused: the matcher's, or that of `scope(tolerance=...)`."""
+        given = self._scope.get()[2]
+        return self._tolerance if given is None else given
 
     @property
     def bypassed(self) -> bool:
@@ -98,16 +104,17 @@ class BackgroundMatcher:
         return self._scope.get()[1]
 
     @contextlib.contextmanager
-    def scope(self, namespace: str | None = None, bypass: bool | None = None):
-        """Sets namespace and bypass for the calls made inside a `with` block, of this thread or task only.
+    def scope(self, namespace: str | None = None, bypass: bool | None = None, tolerance: float | None = None):
+        """Sets namespace, bypass and tolerance for the calls made inside a `with` block, of this thread or task only.
 
         Args:
             namespace: whose references are used and added; None: as outside the block.
             bypass: True neither uses nor adds references; None: as outside the block.
+            tolerance: largest staleness that is reused, grey levels from 0 to 255; None: as outside the block.
         """
-        current = self._scope.get()
+        given = (namespace, bypass, tolerance)
         token = self._scope.set(
-            (current[0] if namespace is None else namespace, current[1] if bypass is None else bypass)
+            tuple(old if new is None else new for old, new in zip(self._scope.get(), given, strict=True))
         )
         try:
             yield self
@@ -275,6 +282,25 @@ class BackgroundMatcher:
                 self._store.remove(reference_id)
                 self._trackers.pop(reference_id, None)
 
+    def known(self) -> list[KnownBackground]:
+        """What is kept, the least recently used first."""
+        with self._lock:
+            return self._store.known()
+
+    def reference(self, reference_id: int) -> Reference | None:
+        """A reference by its number; None where it is not kept any more."""
+        with self._lock:
+            return self._store.read(reference_id) if reference_id in self._store else None
+
+    def forget(self, reference_id: int) -> bool:
+        """Forgets one reference; whether it was there."""
+        with self._lock:
+            if reference_id not in self._store:
+                return False
+            self._store.remove(reference_id)
+            self._trackers.pop(reference_id, None)
+            return True
+
     def stats(self) -> dict[str, int]:
         """The references and bytes kept now, and what was counted since the matcher was made.
 
@@ -307,7 +333,7 @@ class BackgroundMatcher:
             return False  # evicted or replaced by another thread meanwhile; the match holds all the same
         tracker = self._trackers.pop(old.reference_id, None)
         if tracker is None:
-            tracker = BackgroundTracker(image, self.patch_size, self.tolerance)
+            tracker = BackgroundTracker(image, self.patch_size, self._tolerance)
         else:
             tracker.update(image, match.fresh)
         self._trackers[old.reference_id] = tracker

@@ -35,7 +35,7 @@ from backdrop.processing.image_loading_backdrop import array_to_image, load_imag
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
 from .frames import Frame, FrameSplitter, SplitFrame
-from .prompts import check_prompt_tokens, engine_probe, prompt_tokens, suppressed_tokens
+from .prompts import check_prompt_tokens, engine_probe, prompt_text, prompt_tokens, suppressed_tokens
 
 Frames: TypeAlias = Frame | list[Frame] | tuple[Frame, ...]
 ProcessorSource: TypeAlias = BackdropProcessor | str | os.PathLike[str]
@@ -186,7 +186,8 @@ class Preparation:
             return PreparedRequest(body, None, ())
         body["logit_bias"] = suppressed_tokens(self.processor) | (options.get("logit_bias") or {})
         items = [item for frame in split for item in frame.items]
-        return PreparedRequest(body, prompt_tokens(self.processor, messages, items), split)
+        text = prompt_text(self.processor, messages, options.get("tools"))
+        return PreparedRequest(body, prompt_tokens(self.processor, text, items), split)
 
     def probe(self) -> tuple[dict, Callable[[int], None]] | None:
         """See `engine_probe`; None for a gateway, which probes its engines itself."""

@@ -121,7 +121,7 @@ def plan_engines(
     max_num_seqs: int | None = None,
     backgrounds: int | None = None,
     block_size: int | None = None,
-    max_images: int = 16,
+    max_images: int = 256,
     extra: tuple[str, ...] = (),
 ) -> tuple[list[EngineSettings], CacheSize | None]:
     """Settings of one engine for each port, and the size of their caches where backgrounds are given.

@@ -85,12 +85,20 @@ def test_the_model_is_marked_and_the_client_leaves_the_splitting(gateway, engine
 def test_other_paths_and_methods(gateway):
     for method, path, status in (
         ("GET", "/", 404),
-        ("POST", "/v1/completions", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("GET", "/admin/references/a", 405),
         ("GET", "/v1/chat/completions", 405),
         ("POST", "/v1/models", 405),
     ):
         answer = gateway.client.request(method, gateway.url + path)
         assert refused(answer, status, f"{method} {path} is not served")["code"] == "not_found"
+
+
+def test_completions_without_a_chat_are_a_400(gateway):
+    """A proxy takes a 404 for a server that has lost its model, and sends it nothing more."""
+    for path in ("/v1/completions", "/completions"):
+        answer = gateway.client.post(gateway.url + path, json={"prompt": "a"})
+        assert refused(answer, 400, "wanted POST /v1/chat/completions")["code"] == "not_served"
 
 
 def test_metrics_count_what_happened(gateway, engines):

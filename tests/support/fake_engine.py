@@ -29,7 +29,7 @@ from backdrop.processing.patch_groups_backdrop import (
 )
 from backdrop.processing.processing_backdrop import BackdropProcessor
 from backdrop.serving.frames import GroupItem
-from backdrop.serving.prompts import prompt_tokens
+from backdrop.serving.prompts import prompt_text, prompt_tokens
 
 PIECE = 16  # characters of an answer in one event
 
@@ -148,7 +148,8 @@ class FakeEngine(AppThread):
     """`with FakeEngine(processor) as engine: client of engine.url + "/v1"`.
 
     Attributes:
-        name, root: of the model, in /v1/models.
+        name, root, context: of the model, in /v1/models; context is its max_model_len, None: not told.
+        prompts: texts that the chat template made of the requests, but for probes.
         sees_alpha: False: images are taken for RGB, as vLLM does without `--media-io-kwargs`.
         mode: what happens to every request but the probe:
             "answer";
@@ -184,6 +185,8 @@ class FakeEngine(AppThread):
     def reset(self) -> None:
         """Forgets every request, and every way to fail."""
         self.sees_alpha, self.healthy, self.text = True, True, None
+        self.context: int | None = None
+        self.prompts: list[str] = []
         self.mode = self.probe_mode = "answer"
         self.modes: list[str] = []
         self.requests: list[dict] = []
@@ -207,9 +210,10 @@ class FakeEngine(AppThread):
         return Response(status_code=200 if self.healthy else 503)
 
     async def _models(self, request: Request) -> Response:
-        return JSONResponse(
-            {"object": "list", "data": [{"id": self.name, "object": "model", "root": self.root}]}
-        )
+        card = {"id": self.name, "object": "model", "root": self.root}
+        if self.context is not None:
+            card["max_model_len"] = self.context
+        return JSONResponse({"object": "list", "data": [card]})
 
     async def _chat(self, request: Request) -> Response:
         body = json.loads(await request.body())
@@ -252,7 +256,10 @@ class FakeEngine(AppThread):
         items = [
             GroupItem(GROUP_KINDS[group.kind], int(group.patch_mask.sum()), "", b"") for _, group in groups
         ]
-        tokens = prompt_tokens(self.processor, body["messages"], items)
+        text = prompt_text(self.processor, body["messages"], body.get("tools"))
+        if any(each is body for each in self.requests):
+            self.prompts.append(text)
+        tokens = prompt_tokens(self.processor, text, items)
         background = next((uuid for uuid, group in groups if group.kind == BACKGROUND), None)
         key = (body.get("cache_salt"), background)
         cached = items[0].patches if items and key in self._known else 0
@@ -362,7 +369,9 @@ def group_of(part: dict, processor: BackdropProcessor) -> PatchGroup:
 def question_of(body: dict) -> str:
     """The last text."""
     content = body["messages"][-1]["content"]
-    return content if isinstance(content, str) else content[-1]["text"]
+    if isinstance(content, str):
+        return content
+    return next((part["text"] for part in reversed(content) if part["type"] == "text"), "")
 
 
 def red_processor() -> BackdropProcessor:
