@@ -1,6 +1,7 @@
 """The gateway as a whole: an ordinary request, its routes, metrics, starting and stopping."""
 
 import asyncio
+import functools
 
 import httpx
 import numpy as np
@@ -8,6 +9,9 @@ import pytest
 from fake_engine import group_of, image_parts, red_scene, wait_until
 from paths import EXAMPLE
 from running_gateway import (
+    HASHED_KEYS,
+    KEEPER,
+    KEYS,
     asked,
     question,
     refused,
@@ -92,6 +96,36 @@ def test_other_paths_and_methods(gateway):
     ):
         answer = gateway.client.request(method, gateway.url + path)
         assert refused(answer, status, f"{method} {path} is not served")["code"] == "not_found"
+
+
+def test_the_model_is_told_by_its_name_with_its_context(serve, engines):
+    engines[0].context, engines[1].context = 4096, 2048
+    gateway = serve(keys=HASHED_KEYS)
+    get = functools.partial(gateway.client.get, headers={"Authorization": f"Bearer {KEYS['north']}"})
+    (card,) = get(f"{gateway.url}/v1/models").json()["data"]
+    assert card["id"] == "backdrop" and card["max_model_len"] == 2048, "what every replica takes"
+    assert get(f"{gateway.url}/v1/models/backdrop").json() == card
+    refused(get(f"{gateway.url}/v1/models/org/other"), 404, "'org/other' is not served; wanted 'backdrop'")
+    refused(gateway.client.get(f"{gateway.url}/v1/models/backdrop"), 401, "no known key")
+
+
+def test_pages_of_other_origins_are_let_in_only_where_configured(serve):
+    page = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+    asked = page | {"Access-Control-Request-Headers": "authorization,x-backdrop-camera"}
+    for origins, allowed in (
+        ([], None),
+        (["https://page.example"], "https://page.example"),
+        (["https://a.b"], None),
+    ):
+        gateway = serve(cors_origins=origins)
+        before = gateway.client.options(f"{gateway.url}/v1/chat/completions", headers=asked)
+        answer = gateway.client.get(f"{gateway.url}/v1/models", headers=page)
+        for response in (before, answer):
+            assert response.headers.get("access-control-allow-origin") == allowed
+        if allowed:
+            assert before.status_code == 200
+            assert "x-backdrop-camera" in before.headers["access-control-allow-headers"]
+            assert "x-backdrop-reference" in answer.headers["access-control-expose-headers"].lower()
 
 
 def test_completions_without_a_chat_are_a_400(gateway):

@@ -153,7 +153,7 @@ class FakeEngine(AppThread):
         sees_alpha: False: images are taken for RGB, as vLLM does without `--media-io-kwargs`.
         mode: what happens to every request but the probe:
             "answer";
-            "500", "503", "400": that status;
+            "500", "503", "400": that status; "slow 400": after a step;
             "close": the connection is closed without an answer;
             "hang": nothing, until the caller leaves;
             "early death", "late death": a stream's connection breaks before, after its first event;
@@ -165,6 +165,7 @@ class FakeEngine(AppThread):
         modes: what happens to the next requests instead, in order.
         healthy: False: /health answers 503.
         text: the answer; None: the background's uuid and the question.
+        calls: tool calls of the answer.
         requests: bodies, but for probes.
         probes: how many came.
         cancelled: how many callers left while they were waiting.
@@ -186,6 +187,7 @@ class FakeEngine(AppThread):
         """Forgets every request, and every way to fail."""
         self.sees_alpha, self.healthy, self.text = True, True, None
         self.context: int | None = None
+        self.calls: list[dict] = []
         self.prompts: list[str] = []
         self.mode = self.probe_mode = "answer"
         self.modes: list[str] = []
@@ -227,6 +229,8 @@ class FakeEngine(AppThread):
             mode = self.modes.pop(0) if self.modes else self.mode
         self.running += 1
         try:
+            if mode == "slow 400" and await self._stepped(request):
+                mode = "400"
             if mode.isdecimal():
                 return JSONResponse({"error": {"message": f"refused with {mode}"}}, int(mode))
             if mode == "close":
@@ -265,14 +269,15 @@ class FakeEngine(AppThread):
         cached = items[0].patches if items and key in self._known else 0
         self._known.add(key)
         text = self.text if self.text is not None else f"{background} | {question_of(body)}"
+        message = {"role": "assistant", "content": text}
+        if self.calls:
+            message["tool_calls"] = self.calls
         return {
             "id": "chatcmpl-0",
             "object": "chat.completion",
             "created": 0,
             "model": self.name,
-            "choices": [
-                {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-            ],
+            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
             "usage": {
                 "prompt_tokens": tokens,
                 "completion_tokens": 3,
@@ -308,6 +313,13 @@ class FakeEngine(AppThread):
                 yield event(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
                 if mode == "late death":
                     raise ConnectionAbortedError
+            for number, call in enumerate(self.calls):
+                arguments = call["function"]["arguments"]
+                for piece in ("", arguments[:5], arguments[5:]):
+                    function = {"arguments": piece} if piece else {"name": call["function"]["name"]}
+                    part = {"index": number, "function": function, **({} if piece else {"id": call["id"]})}
+                    delta = {"tool_calls": [part]}
+                    yield event(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
             if mode not in ("cut", "empty"):
                 yield event(head | {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
                 if (body.get("stream_options") or {}).get("include_usage"):
