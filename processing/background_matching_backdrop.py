@@ -98,6 +98,10 @@ class BackgroundMatcher:
         given = self._scope.get()[2]
         return self._tolerance if given is None else given
 
+    @tolerance.setter
+    def tolerance(self, tolerance: float) -> None:
+        self._tolerance = tolerance
+
     @property
     def bypassed(self) -> bool:
         """True inside `scope(bypass=True)`."""

@@ -103,7 +103,7 @@ def _left_for_answer(
 
 def _answer_tokens(chat: ChatRequest, left: int | None) -> dict:
     """The bounds of the answer's length, where the client set them, made to fit."""
-    found = {}
+    found: dict[str, int] = {}
     for name in ("max_tokens", "min_tokens"):
         if name in chat.options:
             bounds = (chat.options[name], left, found.get("max_tokens"))

@@ -92,6 +92,10 @@ class EngineSettings:
             json.dumps({"image": self.images}),
             "--enable-prompt-tokens-details",
         ]
+        # The chat template shows tools, and has calls written, in Hermes' form; without these options a request with tools
+        # is refused.
+        if "--tool-call-parser" not in self.extra:
+            words += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
         for name, value in (
             ("max-model-len", self.max_model_len),
             ("max-num-seqs", self.max_num_seqs),

@@ -121,7 +121,6 @@ def _refused(reason: str, *harmless: Any) -> Field:
     return Field(Handling.REFUSED, reason, harmless=harmless)
 
 
-_CHECKED = Field(Handling.CHECKED)
 _IMAGE = "it would change what the model sees"
 _PROMPT = "it would change the prompt behind the gateway's back"
 _LOST = "its content would be lost; wanted it in messages"
@@ -135,14 +134,14 @@ REQUEST_FIELDS: dict[str, Field] = {
     "max_tokens": Field(Handling.CHECKED, "made smaller where the model's context is"),
     "max_completion_tokens": Field(Handling.CHECKED, "made smaller where the model's context is"),
     "min_tokens": Field(Handling.CHECKED, "never more than max_tokens"),
-    "n": _CHECKED,
-    "stream": _CHECKED,
+    "n": Field(Handling.CHECKED, "at most `limits.choices`"),
+    "stream": Field(Handling.CHECKED, "true or false"),
     "stream_options": Field(Handling.CHECKED, "the engine is always asked for the usage"),
     "logit_bias": Field(Handling.CHECKED, "separators and placeholder are suppressed whatever it says"),
     "allowed_token_ids": Field(Handling.CHECKED, "not separators and placeholder"),
     "tools": Field(Handling.CHECKED, "special tokens in them are text"),
-    "tool_choice": _CHECKED,
-    "response_format": _CHECKED,
+    "tool_choice": Field(Handling.CHECKED, "left out where there are no tools"),
+    "response_format": Field(Handling.CHECKED, "an object"),
     "extra_body": Field(Handling.CHECKED, "its fields are read as the request's own"),
     "backdrop": Field(Handling.CHECKED, "camera, match and tolerance, as the headers X-Backdrop-*"),
     "user": Field(Handling.CHECKED, "the camera, where `camera_from_user` is set"),
@@ -509,43 +508,3 @@ def _refuse_content(where: str, name: str, value: Any, known: Any) -> None:
     meant = resembled(name, {_plain(each): each for each in known})
     hint = f"; is {meant!r} meant?" if meant else ": its content would be lost"
     raise ApiError(400, f"unknown field {where}.{name:.80}{hint}", "unknown_field")
-
-
-def fields_page() -> str:
-    """The tables as a page of the documentation, Markdown."""
-    lines = [
-        "# Request fields",
-        "",
-        "Made from `serving/fields.py` at every build of this site. `POST /v1/chat/completions` reads a request's fields by "
-        "this table; null means unset everywhere. A field that is in no table is ignored, unless its name is nearly that of "
-        "one that counts: then the request is refused and the message names it. `X-Backdrop-Ignored` of the response names "
-        "the fields that were ignored.",
-    ]
-    for handling in Handling:
-        rows = {name: field for name, field in REQUEST_FIELDS.items() if field.handling is handling}
-        lines += ["", f"## {handling.value[0].upper()}{handling.value[1:]}", "", "| Field | |", "|---|---|"]
-        lines += [f"| `{name}` | {_remark(field)} |" for name, field in rows.items()]
-    lines += ["", "## Other names", "", "| Field | Read as |", "|---|---|"]
-    lines += [f"| `{alias}` | `{name}` |" for alias, name in ALIASES.items()]
-    lines += [f"| `{alias}` | `structured_outputs.{name}` |" for alias, name in GUIDED.items()]
-    shown = [name for name, field in MESSAGE_FIELDS.items() if field.handling is Handling.CHECKED]
-    notes = [name for name, field in MESSAGE_FIELDS.items() if field.handling is Handling.IGNORED]
-    lines += [
-        "",
-        "## Messages and their parts",
-        "",
-        f"Shown: {_listed(shown)}. Ignored: {_listed(notes)}. In parts ignored: {_listed(sorted(PART_NOTES))}. "
-        "Another field of a message or part is an error if it has text, a list or an object in it, since that would be "
-        "lost; `uuid` of a part always is.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _remark(field: Field) -> str:
-    harmless = ", ".join(f"`{str(value).lower()}`" for value in field.harmless)
-    return field.reason + (f" (nothing is said against {harmless})" if harmless else "")
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)

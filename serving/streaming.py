@@ -148,9 +148,9 @@ class AnswerStreamer:
 async def _given_up(beginning: asyncio.Future[_Begun]) -> None:
     """Ends what was begun, or is still beginning."""
     beginning.cancel()
-    (begun,) = await asyncio.gather(beginning, return_exceptions=True)
-    if isinstance(begun, tuple):
-        await begun[1].aclose()
+    await asyncio.wait({beginning})
+    if not beginning.cancelled() and beginning.exception() is None:
+        await beginning.result()[1].aclose()
 
 
 class EventStream(StreamingResponse):

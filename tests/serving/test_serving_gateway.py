@@ -10,7 +10,6 @@ from fake_engine import group_of, image_parts, red_scene, wait_until
 from paths import EXAMPLE
 from running_gateway import (
     HASHED_KEYS,
-    KEEPER,
     KEYS,
     asked,
     question,
@@ -18,7 +17,7 @@ from running_gateway import (
     streamed_text,
 )
 
-from backdrop.processing.patch_groups_backdrop import BACKGROUND
+from backdrop.processing.patch_groups_backdrop import BACKGROUND, group_to_image
 from backdrop.serving import BackdropClient
 from backdrop.serving import gateway as gateway_module
 from backdrop.serving.client import GATEWAY_MARK
@@ -86,6 +85,26 @@ def test_the_model_is_marked_and_the_client_leaves_the_splitting(gateway, engine
     assert answer.text == streamed == f"{uuids[0]} | what?" and uuids[0] == uuids[1]
 
 
+def test_our_own_client_names_its_cameras_and_learns_what_was_reused(gateway, engines, processor):
+    with (
+        BackdropClient(f"{gateway.url}/v1") as client,
+        client.camera("gate") as gate,
+        client.camera("yard") as yard,
+    ):
+        assert gate.ask(red_scene(14, 14), "q").patches_reused == 0
+        known = gate.ask(red_scene(28, 28), "q")
+        assert (known.patches, known.patches_reused) == (16, 14)
+        assert yard.ask(red_scene(28, 28), "q").patches_reused == 0, "another camera's reference"
+        assert gate.ask(red_scene(28, 28), "q", match=False).patches_reused == 0
+        # A patch group stays one on its way through the gateway.
+        images = processor.image_processor
+        group = images.image_groups([red_scene(14, 14)])[0][1]
+        client.ask(group_to_image(group, 14, images.geometry()), "q")
+    sent = [image_parts(body["messages"]) for body in asked(*engines)]
+    (part,) = next(parts for parts in sent if len(parts) == 1)
+    assert np.array_equal(group_of(part, processor).pixels, group.pixels)
+
+
 def test_other_paths_and_methods(gateway):
     for method, path, status in (
         ("GET", "/", 404),
@@ -149,7 +168,7 @@ def test_metrics_count_what_happened(gateway, engines):
     )
     assert metric("first_token_seconds_count") == metric("split_seconds_count") == 2
     assert metric("requests_in_flight") == 0 and metric("retries_total") == 0
-    shown = gateway.client.get(f"{gateway.url}/metrics")
+    shown = gateway.client.get(f"{gateway.url}/metrics", headers=KEEPER)
     assert shown.headers["content-type"].startswith("text/plain")
     for engine in engines:
         assert f'backdrop_replica_up{{replica="{engine.url}"}} 1.0' in shown.text
