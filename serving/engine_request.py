@@ -86,11 +86,11 @@ def _left_for_answer(
         raise ApiError(
             400, f"the model's chat template cannot show the messages: {str(error):.300}", "not_shown"
         ) from None
+    if context is not None and len(text) > context.characters:
+        raise too_long(context.tokens, len(chat.images), context)
     check_shown(text, messages)
     if context is None:
         return None
-    if len(text) > context.characters:
-        raise too_long(context.tokens, len(chat.images), context)
     items = [item for frame in frames for item in frame.items]
     try:
         tokens = prompt_tokens(processor, text, items)

@@ -440,7 +440,7 @@ def read_request_fields(body: dict) -> tuple[dict, list[str]]:
             if not any(value == harmless and type(value) is type(harmless) for harmless in field.harmless):
                 raise ApiError(400, f"{name} cannot be set: {field.reason}", "field_refused")
             ignored.append(name)
-        elif own == name or own not in body:
+        elif own == name or body.get(own) is None:
             found[own] = value if field.read is None else read_value(name, value, field.read)
     return found, ignored
 

@@ -6,6 +6,8 @@ from hashlib import blake2b
 
 from .frames import SplitFrame
 
+NAMED = 32  # references in a header: proxies refuse headers of a few kilobytes
+
 
 def reference_name(salt: str, number: int) -> str:
     """The name under which a tenant sees a reference: 12 hexadecimal digits, which tell nothing of other tenants.
@@ -70,7 +72,8 @@ class Sight:
             f"X-Backdrop-Patches-{name.capitalize()}": str(count) for name, count in self.patches().items()
         }
         if self.frames:
-            found["X-Backdrop-Reference"] = ",".join(name or "-" for name in self.references)
+            names = [name or "-" for name in self.references[:NAMED]]
+            found["X-Backdrop-Reference"] = ",".join(names + ["..."] * (len(self.frames) > NAMED))
         if self.ignored:
             named = (name for name in self.ignored if name.isascii() and name.isprintable())
             found["X-Backdrop-Ignored"] = ",".join(named)[:200]

@@ -146,8 +146,12 @@ def test_other_servers_names_are_read(gateway, engines):
     body = asked(*engines)[0]
     assert body["repetition_penalty"] == 1.2 and body["max_tokens"] == 7 and body["stop"] == ["c"]
     assert body["structured_outputs"] == {"choice": ["a", "b"]}
+    assert gateway.ask(max_tokens=None, num_predict=9).status_code == 200
+    assert 9 in [body.get("max_tokens") for body in asked(*engines)]
+    for engine in engines:
+        engine.requests.clear()
     assert gateway.ask(max_tokens=5, num_predict=7).status_code == 200
-    assert asked(*engines)[1]["max_tokens"] == 5, "the API's own name counts"
+    assert asked(*engines)[0]["max_tokens"] == 5, "the API's own name counts"
 
 
 def test_an_extra_body_is_read_as_the_requests_own_fields(gateway, engines):

@@ -10,6 +10,7 @@ from fake_engine import group_of, image_parts, red_scene, wait_until
 from paths import EXAMPLE
 from running_gateway import (
     HASHED_KEYS,
+    KEEPER,
     KEYS,
     asked,
     question,
