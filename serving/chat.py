@@ -120,6 +120,9 @@ def read_chat(
 
 def _check_options(fields: dict, limits: Limits) -> bool:
     """Checks the options that the gateway reads, in place; whether a stream ends with its usage."""
+    for name in ("max_tokens", "max_completion_tokens"):
+        if fields.get(name) == -1:  # other servers' "as many as fit"
+            del fields[name]
     for name, read in (
         ("n", integer(1, limits.choices)),
         ("max_tokens", integer(1)),

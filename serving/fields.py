@@ -131,8 +131,10 @@ _ROUTER = "of a router in front of several models"
 REQUEST_FIELDS: dict[str, Field] = {
     "model": Field(Handling.CHECKED, "the replica's own name takes its place"),
     "messages": Field(Handling.CHECKED, "patch groups take the place of images"),
-    "max_tokens": Field(Handling.CHECKED, "made smaller where the model's context is"),
-    "max_completion_tokens": Field(Handling.CHECKED, "made smaller where the model's context is"),
+    "max_tokens": Field(Handling.CHECKED, "made to fit the model's context; -1 is as if it were not set"),
+    "max_completion_tokens": Field(
+        Handling.CHECKED, "made to fit the model's context; -1 is as if it were not set"
+    ),
     "min_tokens": Field(Handling.CHECKED, "never more than max_tokens"),
     "n": Field(Handling.CHECKED, "at most `limits.choices`"),
     "stream": Field(Handling.CHECKED, "true or false"),
@@ -204,6 +206,8 @@ REQUEST_FIELDS: dict[str, Field] = {
             "trace",
             "litellm_metadata",
             "chat_id",
+            "conversation_id",
+            "user_id",
             "features",
             "background_tasks",
         ),
@@ -296,6 +300,7 @@ REQUEST_FIELDS: dict[str, Field] = {
     "input": _refused(_LOST),
     "instructions": _refused("its content would be lost; wanted a message of the role system"),
     "system": _refused("its content would be lost; wanted a message of the role system"),
+    "system_prompt": _refused("its content would be lost; wanted a message of the role system"),
     "documents": _refused(_LOST, []),
     "images": _refused(_LOST, []),
     "functions": _refused("wanted tools", []),

@@ -91,7 +91,7 @@ BAD_BODIES = {
     "max_tokens": (question(max_tokens=0), "max_tokens is 0; wanted a whole number, 1 or more"),
     "max_tokens text": (question(max_tokens="5"), "max_tokens is '5'"),
     "max_tokens half": (question(max_tokens=5.5), "max_tokens is 5.5"),
-    "max_completion_tokens": (question(max_completion_tokens=-1), "max_completion_tokens is -1"),
+    "max_completion_tokens": (question(max_completion_tokens=-2), "max_completion_tokens is -2"),
     "stream text": (question(stream="no"), "stream is 'no'; wanted true or false"),
     "stream number": (question(stream=1), "stream is 1"),
     "stream_options list": (question(stream=True, stream_options=[]), "stream_options is a list"),

@@ -63,6 +63,8 @@ def test_bounds_of_the_answer_are_made_to_fit(serve, engines):
         assert {b["max_tokens"] for b in sent} == {b["min_tokens"] for b in sent}
         assert max(b["max_tokens"] for b in sent) == min(wanted, free)
     assert "max_tokens" not in asked(*engines)[0], "without a bound the engine fills its context"
+    gateway.ask(text="q", max_tokens=-1)
+    assert [b.get("max_tokens") for b in asked(*engines)].count(None) == 2, "-1 is as many as fit"
     gateway.ask(text="q", max_tokens=5, max_completion_tokens=7)
     assert 7 in [b.get("max_tokens") for b in asked(*engines)]
     error = refused(gateway.ask(text="q" * 5000), 400, "wanted fewer than the model's context, 64")
