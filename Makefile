@@ -48,7 +48,8 @@ test-real: setup ## tests with trained parts and real photos
 	$(BIN)/python -m pytest -m real -q $(PARALLEL)
 
 example: setup ## renew the code and the card of examples/scenes-model from this source
-	@$(BIN)/python -m backdrop.hub_export.renew examples/scenes-model --notes docs/scenes-model.md --language en --figures docs/results/data/scenes-accuracy.json \
+	@$(BIN)/python -m backdrop.hub_export.renew examples/scenes-model --notes docs/scenes-model.md --system-prompt "" \
+		--language en --figures docs/results/data/scenes-accuracy.json \
 		--sample docs/pictures/sample.png --question "How many vehicles are there?"
 
 check: setup ## lint, format, who may import whom, types, tables from their JSON

@@ -1,12 +1,13 @@
 """Pages that mkdocs makes at every build from the code, so that they cannot go stale.
 
-`reference/configuration.md`, `command-line.md`, `recipes.md`, `gateway.md`, and `design/files.md`. The functions that make them return
+`reference/configuration.md`, `command-line.md`, `recipes.md`, `gateway.md`, `request-fields.md`, and `design/files.md`. The functions that make them return
 Markdown and can be called without mkdocs (`tests/docs/test_reference.py` does).
 """
 
 import ast
 import dataclasses
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -182,6 +183,57 @@ def gateway_page() -> str:
     return "\n".join(lines)
 
 
+def request_fields_page() -> str:
+    """What the gateway does with each field of a request."""
+    from backdrop.serving import fields
+
+    def remark(field: fields.Field) -> str:
+        harmless = ", ".join(f"`{json.dumps(value)}`" for value in field.harmless)
+        words = field.reason or "a value of the wrong type is an error"
+        return words + (f"; ignored where it changes nothing: {harmless}" if harmless else "")
+
+    def named(names) -> str:
+        return ", ".join(f"`{name}`" for name in names)
+
+    lines = [
+        "# Request fields",
+        "",
+        "Made from `serving/fields.py` at every build of this site: what the gateway does with the fields of "
+        "`POST /v1/chat/completions`. Null means unset everywhere. A field that is in no table is ignored, unless its name is "
+        "nearly that of one that counts: then the request is refused, and the message says which one is meant. The header "
+        "`X-Backdrop-Ignored` of a response names what was ignored of its request.",
+    ]
+    for handling in fields.Handling:
+        rows = {name: f for name, f in fields.REQUEST_FIELDS.items() if f.handling is handling}
+        title = handling.value[0].upper() + handling.value[1:]
+        lines += ["", f"## {title}", "", "| Field | | |", "|---|---|---|"]
+        lines += [
+            f"| `{name}` | {handling.name.lower().replace('_', ' ')} | {remark(f)} |"
+            for name, f in rows.items()
+        ]
+    read_as = fields.ALIASES | {old: f"structured_outputs.{new}" for old, new in fields.GUIDED.items()}
+    shown = [name for name, f in fields.MESSAGE_FIELDS.items() if f.handling is fields.Handling.CHECKED]
+    notes = [name for name, f in fields.MESSAGE_FIELDS.items() if f.handling is fields.Handling.IGNORED]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "## Other names",
+            "",
+            "| Field | | Read as |",
+            "|---|---|---|",
+            *(f"| `{old}` | checked | `{new}` |" for old, new in read_as.items()),
+            "",
+            "## Messages and their parts",
+            "",
+            f"Of a message are shown: {named(shown)}. Ignored: {named(notes)}. In parts ignored: "
+            f"{named(sorted(fields.PART_NOTES))}. Any other field of a message or a part is an error where it holds a text, a "
+            "list or an object, since that would be lost; a part's `uuid` always is.",
+            "",
+        ]
+    )
+
+
 def files_page() -> str:
     """The first line of every module's docstring, by room."""
     lines = [
@@ -306,4 +358,5 @@ PAGES = {
     "reference/command-line.md": command_line_page,
     "reference/recipes.md": recipes_page,
     "reference/gateway.md": gateway_page,
+    "reference/request-fields.md": request_fields_page,
 }

@@ -20,7 +20,7 @@ from .matches_backdrop import Match, MatchReport
 from .option_checks_backdrop import check_flag, check_number, check_path, check_whole_number
 from .patch_groups_backdrop import pixel_mask
 from .reference_descriptors_backdrop import Candidate
-from .reference_store_backdrop import Reference, ReferenceStore
+from .reference_store_backdrop import KnownBackground, Reference, ReferenceStore
 from .staleness_backdrop import patch_staleness, reusable_patches
 
 logger = logging.get_logger(__name__)
@@ -36,6 +36,7 @@ class _Scope:
 
     namespace: str | None = None
     bypass: bool = False
+    tolerance: float | None = None
 
 
 _NO_SCOPE = _Scope()
@@ -89,7 +90,7 @@ class BackgroundMatcher:
         if folder is not None:
             check_path("folder", folder, "the path of a folder, or None for the system's temporary one")
         self.patch_size = patch_size
-        self.tolerance = tolerance
+        self._tolerance = tolerance
         self.min_reuse = min_reuse
         self.max_overridden = max_overridden
         self.detect = detect
@@ -103,6 +104,16 @@ class BackgroundMatcher:
         self._lock = threading.Lock()
         self._scope = contextvars.ContextVar("background_matching_scope", default=_NO_SCOPE)
         self._is_shared = False  # a named namespace has been opened
+
+    @property
+    def tolerance(self) -> float:
+        """Largest staleness that is reused: the matcher's, or that of `scope(tolerance=...)`."""
+        given = self._scope.get().tolerance
+        return self._tolerance if given is None else given
+
+    @tolerance.setter
+    def tolerance(self, tolerance: float) -> None:
+        self._tolerance = tolerance
 
     @property
     def namespace(self) -> str:
@@ -123,8 +134,8 @@ class BackgroundMatcher:
         return scope.bypass
 
     @contextlib.contextmanager
-    def scope(self, namespace: str | None = None, bypass: bool | None = None):
-        """Sets namespace and bypass for the calls made inside a `with` block, of this thread or task only.
+    def scope(self, namespace: str | None = None, bypass: bool | None = None, tolerance: float | None = None):
+        """Sets namespace, bypass and tolerance for the calls made inside a `with` block, of this thread or task only.
 
         Once a named namespace was opened, an image from a thread or task that never opened any is nobody's: it may belong
         to a tenant whose scope did not reach the thread. It is split without matching, and a warning says so.
@@ -132,14 +143,17 @@ class BackgroundMatcher:
         Args:
             namespace: whose references are used and added, "": those without a name; None: as outside the block.
             bypass: True neither uses nor adds references; None: as outside the block.
+            tolerance: largest staleness that is reused, grey levels from 0 to 255; None: as outside the block.
 
         Raises:
-            ValueError: `namespace` is no text, or `bypass` no bool.
+            ValueError: `namespace` is no text, `bypass` no bool, or `tolerance` no number from 0 to 255.
         """
         if not isinstance(namespace, str | None):
             raise ValueError(f"namespace is {namespace!r}; wanted text.")
         if not isinstance(bypass, bool | None):
             raise ValueError(f"bypass is {bypass!r}; wanted True or False.")
+        if tolerance is not None:
+            check_number("tolerance", tolerance, "grey levels from 0 to 255", 0, 255)
         outside = self._scope.get()
         if namespace:
             self._is_shared = True
@@ -147,6 +161,7 @@ class BackgroundMatcher:
             _Scope(
                 outside.namespace if namespace is None else namespace,
                 outside.bypass if bypass is None else bypass,
+                outside.tolerance if tolerance is None else tolerance,
             )
         )
         try:
@@ -154,7 +169,7 @@ class BackgroundMatcher:
         finally:
             # Who has left a namespace knows of namespaces: outside it means the one without a name.
             left = "" if outside.namespace is None and namespace is not None else outside.namespace
-            self._scope.set(_Scope(left, outside.bypass))
+            self._scope.set(replace(outside, namespace=left))
 
     def match(self, image: np.ndarray) -> Match | None:
         """`find`, and `accept` what it found: the reference to use for uint8 `[S, S, 3]`, or None."""
@@ -317,6 +332,25 @@ class BackgroundMatcher:
                 self._store.remove(reference_id)
                 self._trackers.pop(reference_id, None)
 
+    def known(self) -> list[KnownBackground]:
+        """What is kept, the least recently used first."""
+        with self._lock:
+            return self._store.known()
+
+    def reference(self, reference_id: int) -> Reference | None:
+        """A reference by its number; None where it is not kept any more."""
+        with self._lock:
+            return self._store.read(reference_id) if reference_id in self._store else None
+
+    def forget(self, reference_id: int) -> bool:
+        """Forgets one reference; whether it was there."""
+        with self._lock:
+            if reference_id not in self._store:
+                return False
+            self._store.remove(reference_id)
+            self._trackers.pop(reference_id, None)
+            return True
+
     def stats(self) -> dict[str, int]:
         """The references and bytes kept now, and what was counted since the matcher was made.
 
@@ -349,7 +383,7 @@ class BackgroundMatcher:
             return False  # evicted or replaced by another thread meanwhile; the match holds all the same
         tracker = self._trackers.pop(old.reference_id, None)
         if tracker is None:
-            tracker = BackgroundTracker(image, self.patch_size, self.tolerance)
+            tracker = BackgroundTracker(image, self.patch_size, self._tolerance)
         else:
             tracker.update(image, match.fresh)
         self._trackers[old.reference_id] = tracker

@@ -78,6 +78,9 @@ class BackdropProcessor(ProcessorMixin):
 
         The engine takes one entry of `pixel_values` for each image, so clients split (`backdrop.serving`).
 
+        A text that begins with BOS, as the chat template writes it, gets no second one from the tokenizer: a template
+        applied first and tokenized here gives the ids of `apply_chat_template(tokenize=True)`.
+
         Args:
             images: a list of images for each prompt; or one flat list, dealt out in order, to each prompt as many as it
                 has placeholders.
@@ -91,6 +94,11 @@ class BackdropProcessor(ProcessorMixin):
         check_processor_arguments(self, kwargs)
         if images is not None and "vllm" in sys.modules:
             kwargs.setdefault("split", False)
+        texts = [text] if isinstance(text, str) else text or []
+        bos = getattr(self.tokenizer, "bos_token", None)
+        given = "add_special_tokens" in kwargs.get("text_kwargs", {})
+        if bos and texts and not given and all(isinstance(t, str) and t.startswith(bos) for t in texts):
+            kwargs.setdefault("add_special_tokens", False)
         return super().__call__(images=images, text=text, **kwargs)
 
     def validate_inputs(self, images=None, text=None, **kwargs):

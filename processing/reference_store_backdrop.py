@@ -36,6 +36,21 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class KnownBackground:
+    """What a list of references tells of one.
+
+    Attributes:
+        reference_id: its number.
+        namespace: whose it is.
+        age: seconds since it was added.
+    """
+
+    reference_id: int
+    namespace: str
+    age: float
+
+
+@dataclass(frozen=True)
 class _Entry:
     table: tuple[str, int]  # namespace and S: which table has its descriptor
     descriptor: int  # its number in the table
@@ -69,6 +84,14 @@ class ReferenceStore:
         self._tables: dict[tuple[str, int], DescriptorTable] = {}  # by namespace and S
         self._files: dict[int, SlotFile] = {}  # by S
         self._next_id = 0
+
+    def known(self) -> list[KnownBackground]:
+        """All references, the least recently used first."""
+        now = time.monotonic()
+        return [
+            KnownBackground(number, entry.table[0], now - entry.created)
+            for number, entry in self._entries.items()
+        ]
 
     def __len__(self) -> int:
         return len(self._entries)

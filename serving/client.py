@@ -35,8 +35,8 @@ from backdrop.processing.image_loading_backdrop import array_to_image, load_imag
 from backdrop.processing.patch_groups_backdrop import METADATA_KEY, save_group
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
-from .frames import Frame, FrameSplitter, SplitFrame
-from .prompts import check_prompt_tokens, engine_probe, prompt_tokens, suppressed_tokens
+from .frames import FAST_COMPRESSION, Frame, FrameSplitter, SplitFrame
+from .prompts import check_prompt_tokens, engine_probe, prompt_text, prompt_tokens, suppressed_tokens
 
 Frames: TypeAlias = Frame | list[Frame] | tuple[Frame, ...]
 ProcessorSource: TypeAlias = BackdropProcessor | str | os.PathLike[str]
@@ -53,7 +53,7 @@ class Answer:
         prompt_tokens: of the whole prompt.
         cached_tokens: prompt tokens whose keys and values the engine had already; None where the engine does not tell
             (it needs `--enable-prompt-tokens-details`).
-        patches, patches_reused: of all frames; 0 where a gateway has split them.
+        patches, patches_reused: of all frames.
     """
 
     text: str
@@ -90,12 +90,15 @@ class PreparedRequest:
         if self.tokens is not None:
             check_prompt_tokens(usage.prompt_tokens, self.tokens)
         details = usage.prompt_tokens_details
+        told = (getattr(usage, "backdrop", None) or {}).get("patches", {})  # a gateway's
+        reused = told.get("reused", sum(frame.reused for frame in self.frames))
+        fresh = told.get("fresh", sum(frame.total - frame.reused for frame in self.frames))
         return Answer(
             text=(completion.choices[0].message.content or "").strip(),
             prompt_tokens=usage.prompt_tokens,
             cached_tokens=None if details is None else details.cached_tokens,
-            patches=sum(frame.total for frame in self.frames),
-            patches_reused=sum(frame.reused for frame in self.frames),
+            patches=reused + fresh,
+            patches_reused=reused,
         )
 
 
@@ -183,11 +186,15 @@ class Preparation:
         """The request of a question; `options` are further fields of the API."""
         messages, split = self.messages(_listed(frames), question, system, namespace, match)
         body = {"model": self.model, "messages": messages, "temperature": 0.0, **options}
-        if self.splitter is None:
+        if self.splitter is None:  # a gateway is told whose references, and whether, and says what it reused
+            control = {"camera": namespace or None, "match": None if match else "off"}
+            extra = body.get("extra_body") or {}
+            body["extra_body"] = {**extra, "backdrop": {**control, **(extra.get("backdrop") or {})}}
             return PreparedRequest(body, None, ())
         body["logit_bias"] = suppressed_tokens(self.processor) | (options.get("logit_bias") or {})
         items = [item for frame in split for item in frame.items]
-        return PreparedRequest(body, prompt_tokens(self.processor, messages, items), split)
+        text = prompt_text(self.processor, messages, options.get("tools"))
+        return PreparedRequest(body, prompt_tokens(self.processor, text, items), split)
 
     def probe(self) -> tuple[dict, Callable[[int], None]] | None:
         """See `engine_probe`; None for a gateway, which probes its engines itself."""
@@ -213,12 +220,10 @@ def _whole_frame(frame: Frame) -> dict:
     if image.mode not in ("RGB", "RGBA"):  # PNG has no CMYK and no floating-point pixels
         image = Image.fromarray(rgb_array(image))
     buffer = BytesIO()
-    if image.info.get(METADATA_KEY) is not None:
-        save_group(
-            image, buffer, compress_level=1
-        )  # the text is what tells a group from a picture with an alpha
+    if METADATA_KEY in image.info:  # a patch group, which is one only by its mark
+        save_group(image, buffer, FAST_COMPRESSION)
     else:
-        image.save(buffer, format="PNG", compress_level=1)
+        image.save(buffer, format="PNG", compress_level=FAST_COMPRESSION)
     return {
         "type": "image_url",
         "image_url": {"url": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()},

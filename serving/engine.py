@@ -1,10 +1,17 @@
-"""vLLM as a child process: started, watched, started again when it dies, and stopped with everything below it."""
+"""vLLM as a child process: started, watched, started again when it dies, and stopped with everything below it.
+
+It hangs on a leash (`leash.py`), so that it ends with this process even where that is killed: an engine that is left would
+keep its port and its memory from the next one.
+"""
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
+import shutil
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +22,8 @@ from .engine_settings import EngineSettings
 logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 20.0  # between SIGTERM and SIGKILL
+PORT_SECONDS = 5.0  # for which a port may still be held by the engine of a gateway that was just killed
+LEASH = Path(__file__).with_name("leash.py")
 RESTART_SECONDS = (1.0, 60.0)  # first and longest pause before an engine is started again
 
 
@@ -53,10 +62,11 @@ class Engine:
             RuntimeError: another server already listens on its port; its answers would be taken for the engine's.
         """
         host, port = self.settings.host, self.settings.port
-        with contextlib.suppress(OSError):
-            _, writer = await asyncio.open_connection(host, port)
-            writer.close()
-            raise RuntimeError(f"port {port} of {host} is in use; wanted a free one for the engine.")
+        deadline = asyncio.get_running_loop().time() + PORT_SECONDS
+        while await _is_in_use(host, port):
+            if asyncio.get_running_loop().time() > deadline:
+                raise RuntimeError(f"port {port} of {host} is in use; wanted a free one for the engine.")
+            await asyncio.sleep(0.1)
         self._task = asyncio.create_task(self._watch(await self._launch()))
 
     async def ready(self, seconds: float) -> None:
@@ -103,10 +113,13 @@ class Engine:
                 await self._task
 
     async def _launch(self) -> asyncio.subprocess.Process:
+        command = self.settings.command()
+        if shutil.which(command[0]) is None:
+            raise FileNotFoundError(errno.ENOENT, "there is no such program", command[0])
         with self.log.open("ab") as log:
             process = await asyncio.create_subprocess_exec(
-                *self.settings.command(),
-                stdin=asyncio.subprocess.DEVNULL,
+                *(sys.executable, "-SE", str(LEASH), *command),
+                stdin=asyncio.subprocess.PIPE,  # the leash: closed with this process
                 stdout=log,
                 stderr=log,
                 env=self.settings.environment(),
@@ -149,3 +162,11 @@ class Engine:
     def _last_lines(self, count: int = 15) -> str:
         lines = self.log.read_text(errors="replace").splitlines()
         return "\n".join([f"The end of {self.log}:", *lines[-count:]])
+
+
+async def _is_in_use(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError):
+        _, writer = await asyncio.open_connection(host, port)
+        writer.close()
+        return True
+    return False

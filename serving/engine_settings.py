@@ -96,6 +96,10 @@ class EngineSettings:
         ]
         if self.fit is not None:
             words += ["--mm-processor-kwargs", json.dumps({"fit": self.fit})]
+        # The chat template shows tools, and has calls written, in Hermes' form; without these options a request with tools
+        # is refused.
+        if "--tool-call-parser" not in self.extra:
+            words += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
         for name, value in (
             ("max-model-len", self.max_model_len),
             ("max-num-seqs", self.max_num_seqs),

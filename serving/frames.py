@@ -67,11 +67,15 @@ class SplitFrame:
         items: the background and the objects, in this order; one of the two may be missing.
         reused: patches whose pixels are a reference's.
         total: patches that the groups own: those of the grid, without padding that is left out.
+        stale: patches of the reference that fresh ones override.
+        reference: the number of the reference that it matched; None: none.
     """
 
     items: tuple[GroupItem, ...]
     reused: int
     total: int
+    stale: int = 0
+    reference: int | None = None
 
     @property
     def background(self) -> GroupItem | None:
@@ -138,7 +142,12 @@ class FrameSplitter:
         self.processor.load_detector()
 
     def split(
-        self, frame: Frame | PatchGroup, namespace: str = "", match: bool = True, split: bool = True
+        self,
+        frame: Frame | PatchGroup,
+        namespace: str = "",
+        match: bool = True,
+        split: bool = True,
+        tolerance: float | None = None,
     ) -> SplitFrame:
         """The patch groups of a frame.
 
@@ -147,6 +156,7 @@ class FrameSplitter:
             namespace: of the references that it may match, or become; nothing crosses from one to another.
             match: False neither uses nor leaves a reference.
             split: False gives the whole frame as one background group (plain LLaVA).
+            tolerance: of this frame, grey levels; None: the splitter's.
 
         Raises:
             ValueError: the image cannot be read, or is no valid patch group.
@@ -154,15 +164,16 @@ class FrameSplitter:
         if isinstance(frame, str) or hasattr(frame, "__fspath__"):
             frame = self.processor.fetch_images(frame)
         self._report.value = None
-        with self.matcher.scope(namespace=namespace, bypass=not match):
+        with self.matcher.scope(namespace=namespace, bypass=not match, tolerance=tolerance):
             groups = self.processor.image_groups([frame], split=split)[0]
         items = tuple(self.item(group) for group in groups)
         report: MatchReport | None = self._report.value
         owned = np.logical_or.reduce([group.patch_mask for group in groups])
-        reused = 0
-        if report is not None and report.reference is not None and not report.refreshed:
-            reused = int((~report.fresh & owned).sum())
-        return SplitFrame(items, reused, int(owned.sum()))
+        total = int(owned.sum())
+        if report is None or report.reference is None:
+            return SplitFrame(items, 0, total)
+        reused = 0 if report.refreshed else int((~report.fresh & owned).sum())
+        return SplitFrame(items, reused, total, int(report.stale.sum()), report.reference.reference_id)
 
     def item(self, group: PatchGroup) -> GroupItem:
         """A group, hashed and encoded; the PNGs of the last `ENCODED_GROUPS` backgrounds are not made again."""

@@ -34,6 +34,7 @@ class Replica:
         probed: whether it has passed the probe since it came up; another engine may come up at the same URL.
         in_flight: requests that it is answering for this gateway.
         timeouts: health checks in a row that it did not answer in time.
+        context: tokens of its longest prompt and answer; None: it does not say.
     """
 
     url: str
@@ -43,6 +44,7 @@ class Replica:
     probed: bool = False
     in_flight: int = 0
     timeouts: int = 0
+    context: int | None = None
 
     @property
     def served_model(self) -> str:
@@ -100,6 +102,15 @@ class Replicas:
     def any_up(self) -> bool:
         """Whether one takes requests."""
         return any(replica.up for replica in self.replicas)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of the longest prompt and answer that every replica takes; None where none says."""
+        return min((r.context for r in self.replicas if r.context is not None), default=None)
+
+    def states(self) -> dict[str, str]:
+        """What is known of each replica, by its URL."""
+        return {r.url: "up" if r.up else f"down: {r.reason}" for r in self.replicas}
 
     def mark_down(self, replica: Replica, reason: str) -> None:
         """Keeps requests from a replica until it passes a health check and the probe."""

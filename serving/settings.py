@@ -22,8 +22,9 @@ class Limits(BaseModel):
         body_values: JSON values in a body, estimated from its commas and brackets before it is parsed.
         image_bytes: size of one encoded image.
         image_pixels: pixels of one image, read from its header before it is decoded.
-        images: images in one request, those of earlier turns of the conversation included.
-        answer_tokens: largest max_tokens; a request without max_tokens is bounded by the engine's max_model_len.
+        photo_pixels: pixels of one JPEG that is decoded at reduced size, to `image_pixels` at most.
+        images: images in one request, those of earlier turns of the conversation included; how many fit is decided by
+            their tokens.
         choices: largest n.
         concurrent: requests in progress at a time.
         waiting: requests that wait for one of them to end; further ones get a 429.
@@ -31,6 +32,9 @@ class Limits(BaseModel):
         read_seconds: longest time to receive a body.
         fetch_seconds: longest time to fetch an image by URL.
         first_token_seconds: longest silence of a replica that streams.
+        headers_seconds: after this time without a first token a stream's headers are sent; until then what goes wrong is
+            a status of its own.
+        comment_seconds: time between two comment lines of a stream that waits for its first token.
         answer_seconds: longest time to the end of an answer: from its first event where it is streamed (the time in
             which the client does not read counts), from the question where it is not.
     """
@@ -39,10 +43,10 @@ class Limits(BaseModel):
 
     body_bytes: Count = 32 * 2**20
     body_values: Count = 200_000
-    image_bytes: Count = 16 * 2**20
+    image_bytes: Count = 20 * 2**20
     image_pixels: Count = 40_000_000
-    images: Count = 16
-    answer_tokens: Count = 4096
+    photo_pixels: Count = 128_000_000
+    images: Count = 256
     choices: Count = 4
     concurrent: Count = 64
     waiting: Annotated[int, Field(ge=0)] = 128
@@ -50,6 +54,8 @@ class Limits(BaseModel):
     read_seconds: Positive = 30.0
     fetch_seconds: Positive = 10.0
     first_token_seconds: Positive = 120.0
+    headers_seconds: Positive = 1.0
+    comment_seconds: Positive = 10.0
     answer_seconds: Positive = 600.0
 
 
@@ -88,6 +94,11 @@ class GatewaySettings(BaseModel):
             must be told too: `--mm-processor-kwargs '{"fit": "pad"}'`, as `backdrop serve` does for those that it starts.
         health_seconds: time between two health checks of each replica.
         workers: threads that decode, split and match.
+        camera_from_user: the request's field `user` names the camera, for clients that can set nothing else.
+        cors_origins: web pages that may call the gateway from a browser, "https://example.org" or "*"; empty: none.
+        admin_keys: who may use `/admin`, by the SHA-256 of its key: a tenant, whose references and figures it sees, or "*",
+            which sees all tenants' figures and no tenant's pixels. Empty: `/admin` is not there. With such keys `/metrics`
+            needs one too.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -103,6 +114,9 @@ class GatewaySettings(BaseModel):
     limits: Limits = Limits()
     health_seconds: Positive = 2.0
     workers: Count = 2
+    camera_from_user: bool = False
+    cors_origins: list[str] = []
+    admin_keys: dict[str, str] = {}
 
     @field_validator("replicas")
     @classmethod
@@ -115,7 +129,7 @@ class GatewaySettings(BaseModel):
             raise ValueError("a replica is named twice")
         return cleaned
 
-    @field_validator("keys")
+    @field_validator("keys", "admin_keys")
     @classmethod
     def _hashes(cls, keys: dict[str, str]) -> dict[str, str]:
         for digest, tenant in keys.items():

@@ -121,7 +121,7 @@ def plan_engines(
     max_num_seqs: int | None = None,
     backgrounds: int | None = None,
     block_size: int | None = None,
-    max_images: int = 16,
+    max_images: int = 256,
     fit: str | None = None,
     extra: tuple[str, ...] = (),
 ) -> tuple[list[EngineSettings], CacheSize | None]:

@@ -43,6 +43,14 @@ def test_every_setting_of_the_gateway_is_there():
         assert all(f"| `{name}` |" in page for name in cls.model_fields)
 
 
+def test_every_request_field_is_there():
+    from backdrop.serving.fields import ALIASES, GUIDED, PART_NOTES, REQUEST_FIELDS
+
+    page = hooks.request_fields_page()
+    assert all(f"| `{name}` |" in page for name in (*REQUEST_FIELDS, *ALIASES, *GUIDED))
+    assert all(f"`{name}`" in page for name in PART_NOTES)
+
+
 def test_every_recipe_begins_with_a_comment():
     for folder in hooks.FOLDERS_OF_RECIPES:
         for path in (hooks.ROOT / folder).glob("*.yaml"):

@@ -23,7 +23,12 @@ FIGURES = ROOT / "docs" / "results" / "data" / "scenes-accuracy.json"
 
 def test_its_code_and_card_are_of_this_source():
     changes = outdated(
-        FOLDER, notes=NOTES.read_text(encoding="utf-8"), language=["en"], figures=read_figures(FIGURES)
+        FOLDER,
+        notes=NOTES.read_text(encoding="utf-8"),
+        system_prompt="",
+        language=["en"],
+        figures=read_figures(FIGURES),
+        questions=QUESTIONS,
     )
     assert not changes, f"{', '.join(changes)} of {FOLDER.name} differ from the source: run `make example`"
 
@@ -31,8 +36,8 @@ def test_its_code_and_card_are_of_this_source():
 def test_renewing_changes_code_and_texts_and_nothing_else(tmp_path):
     folder = tmp_path / FOLDER.name
     shutil.copytree(FOLDER, folder)
-    notes = NOTES.read_text(encoding="utf-8")
-    renew(folder, notes=notes)  # whatever the state of the example itself
+    options = {"notes": NOTES.read_text(encoding="utf-8"), "system_prompt": ""}
+    renew(folder, **options)  # whatever the state of the example itself
     current = {path.name: path.read_bytes() for path in folder.iterdir()}
     code = {
         source.name: source.read_bytes()
@@ -43,11 +48,13 @@ def test_renewing_changes_code_and_texts_and_nothing_else(tmp_path):
     (folder / "modeling_backdrop.py").write_text("# old")
     (folder / "gone_backdrop.py").write_text("# of an earlier version")
     (folder / "README.md").unlink()
-    assert renew(folder, notes=notes) == ["README.md", "gone_backdrop.py", "modeling_backdrop.py"]
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    wanted = ["README.md", "chat_template.jinja", "gone_backdrop.py", "modeling_backdrop.py"]
+    assert renew(folder, **options) == wanted
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == current
-    assert renew(folder, notes=notes) == []
+    assert renew(folder, **options) == []
     for path in FOLDER.iterdir():
-        if path.suffix in (".safetensors", ".json", ".jinja"):
+        if path.suffix in (".safetensors", ".json"):
             assert current[path.name] == path.read_bytes()
 
 

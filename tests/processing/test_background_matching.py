@@ -190,3 +190,40 @@ def test_a_namespace_can_be_forgotten_by_itself():
     with matcher.scope(namespace="b"):
         assert matcher.match(flat(56, 100)) is not None
     assert matcher.stats()["references"] == 1
+
+
+def test_the_tolerance_of_one_call():
+    """A call may be stricter or more lenient; the promise then holds for its own tolerance, and the matcher's stays."""
+    image = texture(tiny.SIDE, 0)
+    matcher = BackgroundMatcher(tiny.PATCH, tolerance=10, refresh=False)
+    matcher.add(image, WHOLE)
+    near = np.clip(image.astype(int) + 6, 0, 255).astype(np.uint8)
+    assert matcher.match(near) is not None
+    with matcher.scope(tolerance=2) as strict:
+        assert strict.tolerance == 2 and matcher.match(near) is None
+        with matcher.scope(namespace="other"):
+            assert matcher.tolerance == 2, "a scope inside keeps what it does not name"
+        found = []
+        thread = threading.Thread(target=lambda: found.append(matcher.tolerance))
+        thread.start()
+        thread.join()
+        assert found == [10], "other threads have the matcher's own"
+    assert matcher.tolerance == 10 and matcher.match(near) is not None
+
+
+def test_what_is_known_is_listed_shown_and_forgotten():
+    matcher = BackgroundMatcher(tiny.PATCH, tolerance=0)
+    for namespace, seed in (("a", 1), ("b", 2), ("a", 3)):
+        with matcher.scope(namespace=namespace):
+            matcher.add(texture(tiny.SIDE, seed), WHOLE)
+    known = matcher.known()
+    assert [each.namespace for each in known] == ["a", "b", "a"]
+    assert all(0 <= each.age < 60 for each in known)
+    first = known[0].reference_id
+    assert np.array_equal(matcher.reference(first).pixels, texture(tiny.SIDE, 1))
+    assert matcher.forget(first) and not matcher.forget(first) and matcher.reference(first) is None
+    with matcher.scope(namespace="a"):
+        assert (
+            matcher.match(texture(tiny.SIDE, 1)) is None and matcher.match(texture(tiny.SIDE, 3)) is not None
+        )
+    assert {each.reference_id for each in matcher.known()} == {each.reference_id for each in known[1:]}

@@ -7,7 +7,7 @@ import ssl
 import pytest
 from fake_engine import FakeEngine, red_processor, wait_until
 from paths import EXAMPLE
-from running_gateway import RunningGateway, asked
+from running_gateway import ADMIN_KEYS, RunningGateway, asked
 
 from backdrop.processing.processing_backdrop import BackdropProcessor
 from backdrop.serving.gateway import Gateway
@@ -61,7 +61,8 @@ def serve(engines, processor):
     with contextlib.ExitStack() as stack:
 
         def start(parts: dict | None = None, **values) -> RunningGateway:
-            values = {"replicas": [engine.url for engine in engines], "health_seconds": 0.05, **values}
+            urls = [engine.url for engine in engines]
+            values = {"replicas": urls, "health_seconds": 0.05, "admin_keys": ADMIN_KEYS, **values}
             gateway = Gateway(make_settings("test", **values), **{"processor": processor, **(parts or {})})
             running = RunningGateway(gateway)
             stack.callback(running.client.close)

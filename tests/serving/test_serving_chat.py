@@ -1,10 +1,17 @@
 """Requests whose form is wrong: each is refused in one line that says why, and reaches no engine."""
 
+import json
+import re
+
 import pytest
 from fake_engine import red_scene
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from running_gateway import PLAIN, asked, nested, question, refused, user
 
 from backdrop.serving.chat import MAX_MESSAGES
+from backdrop.serving.problems import ApiError
+from backdrop.serving.special_tokens import SpecialTokens
 
 
 def test_another_model_is_not_there(gateway, engines):
@@ -33,7 +40,7 @@ BAD_BODIES = {
     "another role": ({"messages": [{"role": "root", "content": "hi"}]}, "messages[0] has no role"),
     "role a list": ({"messages": [{"role": [], "content": "hi"}]}, "messages[0] has no role"),
     "content a number": ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content is a int"),
-    "part a text": (user("hi"), "messages[0].content[0] has the type None"),
+    "part a number": (user(5), "messages[0].content[0] has the type None"),
     "no type": (user({"image_url": "http://a/"}), "has the type None"),
     "type a list": (user({"type": []}), "has the type []"),
     "video": (user({"type": "video_url", "video_url": {"url": "http://a/"}}), "has the type 'video_url'"),
@@ -44,9 +51,35 @@ BAD_BODIES = {
     "no image": (user({"type": "image_url"}), "image_url has no url"),
     "url a number": (user({"type": "image_url", "image_url": {"url": 5}}), "image_url has no url"),
     "empty url": (user({"type": "image_url", "image_url": {"url": ""}}), "image_url has no url"),
-    "an assistant's image": (
-        {"messages": [{"role": "assistant", "content": question(red_scene())["messages"][0]["content"]}]},
-        "is an image of the assistant; wanted the user's",
+    "reasoning a list": (
+        {"messages": [{"role": "assistant", "content": "a", "reasoning": ["b"]}]},
+        "messages[0].reasoning is a list; wanted text",
+    ),
+    "calls of the user": (
+        {"messages": [{"role": "user", "content": "a", "tool_calls": [{"function": {"name": "f"}}]}]},
+        "messages[0] has tool calls of the user; wanted the assistant's",
+    ),
+    "calls a text": (
+        {"messages": [{"role": "assistant", "content": "a", "tool_calls": "f"}]},
+        "messages[0].tool_calls is a str",
+    ),
+    "a call without a name": (
+        {"messages": [{"role": "assistant", "tool_calls": [{"id": "c", "function": {}}]}]},
+        "messages[0].tool_calls[0] is no call of a function",
+    ),
+    "tools an object": (question(tools={}), "tools is a dict; wanted a list"),
+    "a tool of another kind": (question(tools=[{"type": "web_search"}]), "tools[0] is no function"),
+    "a custom tool": (
+        question(tools=[{"type": "custom", "function": {"name": "f"}}]),
+        "tools[0].type is 'custom'",
+    ),
+    "a stored file": (
+        user({"type": "input_image", "file_id": "file-1"}),
+        "unknown field messages[0].content[0].file_id",
+    ),
+    "a document": (
+        user({"type": "file", "file": {"file_data": "data:application/pdf;base64,AAAA"}}),
+        "is a file 'data:application/pdf",
     ),
     "many messages": (
         {"messages": [{"role": "user", "content": "a"}] * (MAX_MESSAGES + 1)},
@@ -55,30 +88,31 @@ BAD_BODIES = {
     "n": (question(n=5), "n is 5; wanted 1 to 4"),
     "n zero": (question(n=0), "n is 0"),
     "n true": (question(n=True), "n is True"),
-    "max_tokens": (question(max_tokens=4097), "max_tokens is 4097; wanted 1 to 4,096"),
+    "max_tokens": (question(max_tokens=0), "max_tokens is 0; wanted a whole number, 1 or more"),
     "max_tokens text": (question(max_tokens="5"), "max_tokens is '5'"),
-    "max_completion_tokens": (question(max_completion_tokens=10**9), "max_completion_tokens is 1000000000"),
+    "max_tokens half": (question(max_tokens=5.5), "max_tokens is 5.5"),
+    "max_completion_tokens": (question(max_completion_tokens=-2), "max_completion_tokens is -2"),
     "stream text": (question(stream="no"), "stream is 'no'; wanted true or false"),
     "stream number": (question(stream=1), "stream is 1"),
     "stream_options list": (question(stream=True, stream_options=[]), "stream_options is a list"),
     "stream_options text": (question(stream=True, stream_options="x"), "stream_options is a str"),
-    "usage with each event": (
-        question(stream=True, stream_options={"continuous_usage_stats": True}),
-        "unknown field stream_options.continuous_usage_stats",
-    ),
     "logit_bias list": (question(logit_bias=[]), "logit_bias is a list"),
     "logit_bias words": (question(logit_bias={"a": 1}), "logit_bias has the token 'a'"),
     "logit_bias space": (question(logit_bias={" 5": 1}), "logit_bias has the token ' 5'"),
     "logit_bias zero": (question(logit_bias={"05": 1}), "logit_bias has the token '05'"),
     "logit_bias digits": (question(logit_bias={"\u0665": 1}), "logit_bias has the token"),
     "logit_bias long": (question(logit_bias={"9" * 5000: 1}), "logit_bias has the token"),
-    "not a number": (PLAIN + b'"temperature":NaN}', "the body holds what JSON does not"),
-    "infinite": (PLAIN + b'"temperature":1e999}', "the body holds what JSON does not"),
+    "not a number": (PLAIN + b'"temperature":NaN}', "temperature is nan; wanted a number from 0"),
+    "infinite": (PLAIN + b'"temperature":1e999}', "temperature is inf; wanted a number from 0"),
     "half a character": (
         b'{"messages":[{"role":"user","content":"\\ud800"}]}',
         "the body holds what JSON does not",
     ),
-    "half a key": (PLAIN + b'"metadata":{"\\ud800":1}}', "the body holds what JSON does not"),
+    "half a stop": (PLAIN + b'"stop":["\\ud800"]}', "the body holds what JSON does not"),
+    "half a key": (
+        PLAIN + b'"tools":[{"function":{"name":"f","\\ud800":1}}]}',
+        "the body holds what JSON does not",
+    ),
 }
 
 
@@ -87,23 +121,69 @@ def test_a_bad_body_is_a_400_that_says_why(refusing, body, message):
     refused(refusing.post(body), 400, message)
 
 
-def test_placeholders_and_separators_in_a_text_are_refused(refusing):
-    answer = refusing.ask(red_scene(), text="<image>" * 10_000)
-    refused(answer, 400, "messages[0] has 10,000 times '<image>', which only the chat template may write")
-    for token in ("<image>", "[BG_START]", "[OBJ_END]", "<s>", "</s>", "<pad>"):
-        refused(refusing.ask(text=f"a{token}b"), 400, f"1 times '{token}'")
-        messages = [{"role": "system", "content": token}, {"role": "user", "content": "hi"}]
-        refused(refusing.post({"messages": messages}), 400, "messages[0] has 1 times")
+SPECIAL = ("<image>", "[BG_START]", "[OBJ_END]", "<s>", "</s>", "<pad>")
 
 
-def test_a_placeholder_in_two_pieces_is_refused(refusing, processor):
-    """The chat template joins the texts of a message."""
-    pieces = [{"type": "text", "text": text} for text in ("<ima", "ge>")]
-    text = processor.apply_chat_template([{"role": "user", "content": pieces}])
-    assert "<image>" in text, "the template does not join: the check is for nothing"
-    refused(refusing.post(user(*pieces)), 400, "messages[0] has 1 times '<image>'")
-    image = question(red_scene())["messages"][0]["content"][0]
-    refused(refusing.post(user(pieces[0], image, pieces[1])), 400, "messages[0] has 1 times '<image>'")
+def ids_of(prompt: str, processor) -> list[int]:
+    return processor.tokenizer(prompt, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("token", SPECIAL)
+def test_special_tokens_in_what_clients_write_are_read_as_text(gateway, engines, processor, token):
+    """In a text, in two pieces of one, in calls, results and tools: nowhere does the tokenizer see the token."""
+
+    def bodies(text, first, second):
+        call = {"id": "c", "function": {"name": "f", "arguments": json.dumps({text: [text]})}}
+        spoken = [
+            {"role": "system", "content": text},
+            {"role": "user", "content": [{"type": "text", "text": first}, {"type": "text", "text": second}]},
+            {"role": "assistant", "content": f"a{text}b", "reasoning": text, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "name": text, "content": text * 3},
+            question(red_scene(), text=f"{text}\nwhat?")["messages"][0],
+        ]
+        function = {"name": "f", "description": text, "parameters": {"properties": {text: {}}}}
+        return {"messages": spoken, "tools": [{"type": "function", "function": function}]}
+
+    prompts = []
+    for written in ((token, token[:3], token[3:]), ("x", "x", "x")):
+        assert gateway.post(bodies(*written)).status_code == 200
+        prompts += [prompt for engine in engines for prompt in engine.prompts]
+        for engine in engines:
+            engine.prompts.clear()
+    number = processor.tokenizer.convert_tokens_to_ids(token)
+    written, plain = (ids_of(prompt, processor).count(number) for prompt in prompts)
+    assert written == plain, "the tokenizer takes a client's text for the token"
+    assert (
+        prompts[0].count(f"{token[0]} {token[1:]}") >= 9 and prompts[0].count("<image>") == 2
+    )  # one for each group
+
+
+def test_neither_are_they_where_a_template_glues_the_texts_of_a_message(processor):
+    special = SpecialTokens(processor.tokenizer)
+    for pieces in (["<ima", "ge>"], ["a<", "image>b"], ["<", "i", "mage", ">"], ["<im", "", "age><", "s>"]):
+        glued = "".join(special.texts(pieces))
+        assert all(token not in glued for token in SPECIAL) and glued.replace(" ", "") == "".join(pieces)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.text(alphabet="<>/simagepdBOJ_START[] ", max_size=12) | st.sampled_from(SPECIAL), max_size=6)
+)
+def test_no_text_keeps_a_special_token(processor, pieces):
+    found = SpecialTokens(processor.tokenizer).texts(pieces)
+    assert len(found) == len(pieces)
+    assert not any(token in "".join(found) for token in SPECIAL)
+    # Nothing but spaces is added, and none where there was nothing to take apart.
+    assert [text.replace(" ", "") for text in found] == [text.replace(" ", "") for text in pieces]
+    if not any(token in "".join(pieces) for token in SPECIAL):
+        assert found == pieces
+
+
+def test_a_special_token_of_one_character_is_refused(processor):
+    special = SpecialTokens(processor.tokenizer)
+    special._pattern = re.compile("\u2603")
+    with pytest.raises(ApiError, match="which only the chat template may write"):
+        special.text("a\u2603b")
 
 
 def test_too_many_images(serve, engines):

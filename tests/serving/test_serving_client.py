@@ -36,7 +36,7 @@ from backdrop.scenes.world import render_scene
 from backdrop.serving import AsyncBackdropClient, BackdropClient
 from backdrop.serving.client import GATEWAY_MARK
 from backdrop.serving.frames import group_key
-from backdrop.serving.prompts import EngineMismatchError, check_prompt_tokens, prompt_tokens
+from backdrop.serving.prompts import EngineMismatchError, check_prompt_tokens, prompt_text, prompt_tokens
 
 MODEL = EXAMPLE
 PATCH = 14
@@ -291,7 +291,9 @@ def test_the_count_is_that_of_the_processors_own_prompt(client, engine, processo
         text = processor.apply_chat_template(own, add_generation_prompt=True)
         inputs = processor(text=text, images=engine_images(messages), add_special_tokens=False)
         items = [item for frame in split for item in frame.items]
-        assert prompt_tokens(processor, messages, items) == len(inputs["input_ids"][0])
+        assert prompt_tokens(processor, prompt_text(processor, messages), items) == len(
+            inputs["input_ids"][0]
+        )
 
 
 def engine_images(messages: list[dict]) -> list[Image.Image]:

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -52,6 +54,7 @@ def fast(monkeypatch):
     """Pauses of milliseconds."""
     monkeypatch.setattr(engine_module, "RESTART_SECONDS", (0.02, 0.05))
     monkeypatch.setattr(engine_module, "STOP_SECONDS", 0.1)
+    monkeypatch.setattr(engine_module, "PORT_SECONDS", 0.2)
 
 
 @pytest.fixture
@@ -125,7 +128,7 @@ def test_it_starts_answers_and_stops(stub):
             async with httpx.AsyncClient(trust_env=False) as client:
                 assert (await client.get(f"{engine.settings.url}/health")).status_code == 200
             (pid,) = pids(engine)
-            assert os.getpgid(pid) == pid, "a signal to us must not reach it"
+            assert os.getpgid(pid) == engine.pid != os.getpgid(0), "a signal to us must not reach it"
             assert engine.restarts == 0 and is_running(pid)
         assert not is_running(pid)
         assert engine.log.read_text().split() == ["stub", str(pid), "1"]
@@ -146,6 +149,41 @@ def test_another_server_on_its_port_is_not_taken_for_it(stub):
         asyncio.run(engine.start())
     assert not engine.log.exists(), "nothing was started"
     asyncio.run(engine.stop())
+
+
+def test_a_gateway_that_is_killed_leaves_no_engine(stub, monkeypatch):
+    """Nor its workers; and the next one has the port at once."""
+    engine = stub("works,worker,stubborn")
+
+    async def gateway(ready):
+        await engine.start()
+        await engine.ready(10)
+        ready.set()
+        await asyncio.sleep(60)
+
+    forked = multiprocessing.get_context("fork")
+    ready = forked.Event()
+    process = forked.Process(target=lambda: asyncio.run(gateway(ready)))
+    process.start()
+    assert ready.wait(10)
+    assert len(pids(engine)) == 2 and all(is_running(pid) for pid in pids(engine))
+    process.kill()
+    process.join()
+    monkeypatch.setattr(engine_module, "PORT_SECONDS", 5.0)
+
+    async def check():
+        async with running(stub()) as after:
+            await after.ready(5)
+            assert [pid for pid in pids(engine) if is_running(pid)] == pids(engine)[-1:]
+
+    asyncio.run(check())
+
+
+def test_a_leash_ends_as_its_program_does():
+    for program, code in (("import sys; sys.exit(7)", 7), ("import os; os.kill(os.getpid(), 9)", -9)):
+        command = [sys.executable, str(engine_module.LEASH), sys.executable, "-SEc", program]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as leash:
+            assert leash.wait(10) == code
 
 
 def test_a_killed_engine_is_started_again(stub, caplog):

@@ -18,7 +18,12 @@ def test_the_command_line():
         *("--trust-remote-code", "--model-impl", "transformers", "--dtype", "auto"),
         *("--media-io-kwargs", '{"image": {"image_mode": null}}', "--mm-processor-cache-gb", "0"),
         *("--limit-mm-per-prompt", '{"image": 32}', "--enable-prompt-tokens-details"),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     ]
+    own = EngineSettings(
+        model="folder", python="python", extra=("--tool-call-parser", "llama3_json")
+    ).command()
+    assert own.count("--tool-call-parser") == 1 and "--enable-auto-tool-choice" not in own
     full = EngineSettings(
         model="folder",
         python="python",

@@ -1,6 +1,7 @@
 """The gateway as a whole: an ordinary request, its routes, metrics, starting and stopping."""
 
 import asyncio
+import functools
 
 import httpx
 import numpy as np
@@ -8,13 +9,16 @@ import pytest
 from fake_engine import group_of, image_parts, red_scene, wait_until
 from paths import EXAMPLE
 from running_gateway import (
+    HASHED_KEYS,
+    KEEPER,
+    KEYS,
     asked,
     question,
     refused,
     streamed_text,
 )
 
-from backdrop.processing.patch_groups_backdrop import BACKGROUND
+from backdrop.processing.patch_groups_backdrop import BACKGROUND, group_to_image
 from backdrop.serving import BackdropClient
 from backdrop.serving import gateway as gateway_module
 from backdrop.serving.client import GATEWAY_MARK
@@ -82,15 +86,73 @@ def test_the_model_is_marked_and_the_client_leaves_the_splitting(gateway, engine
     assert answer.text == streamed == f"{uuids[0]} | what?" and uuids[0] == uuids[1]
 
 
+def test_our_own_client_names_its_cameras_and_learns_what_was_reused(gateway, engines, processor):
+    with (
+        BackdropClient(f"{gateway.url}/v1") as client,
+        client.camera("gate") as gate,
+        client.camera("yard") as yard,
+    ):
+        assert gate.ask(red_scene(14, 14), "q").patches_reused == 0
+        known = gate.ask(red_scene(28, 28), "q")
+        assert (known.patches, known.patches_reused) == (16, 14)
+        assert yard.ask(red_scene(28, 28), "q").patches_reused == 0, "another camera's reference"
+        assert gate.ask(red_scene(28, 28), "q", match=False).patches_reused == 0
+        # A patch group stays one on its way through the gateway.
+        images = processor.image_processor
+        group = images.image_groups([red_scene(14, 14)])[0][1]
+        client.ask(group_to_image(group, 14, images.geometry()), "q")
+    sent = [image_parts(body["messages"]) for body in asked(*engines)]
+    (part,) = next(parts for parts in sent if len(parts) == 1)
+    assert np.array_equal(group_of(part, processor).pixels, group.pixels)
+
+
 def test_other_paths_and_methods(gateway):
     for method, path, status in (
         ("GET", "/", 404),
-        ("POST", "/v1/completions", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("GET", "/admin/references/a", 405),
         ("GET", "/v1/chat/completions", 405),
         ("POST", "/v1/models", 405),
     ):
         answer = gateway.client.request(method, gateway.url + path)
         assert refused(answer, status, f"{method} {path} is not served")["code"] == "not_found"
+
+
+def test_the_model_is_told_by_its_name_with_its_context(serve, engines):
+    engines[0].context, engines[1].context = 4096, 2048
+    gateway = serve(keys=HASHED_KEYS)
+    get = functools.partial(gateway.client.get, headers={"Authorization": f"Bearer {KEYS['north']}"})
+    (card,) = get(f"{gateway.url}/v1/models").json()["data"]
+    assert card["id"] == "backdrop" and card["max_model_len"] == 2048, "what every replica takes"
+    assert get(f"{gateway.url}/v1/models/backdrop").json() == card
+    refused(get(f"{gateway.url}/v1/models/org/other"), 404, "'org/other' is not served; wanted 'backdrop'")
+    refused(gateway.client.get(f"{gateway.url}/v1/models/backdrop"), 401, "no known key")
+
+
+def test_pages_of_other_origins_are_let_in_only_where_configured(serve):
+    page = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+    asked = page | {"Access-Control-Request-Headers": "authorization,x-backdrop-camera"}
+    for origins, allowed in (
+        ([], None),
+        (["https://page.example"], "https://page.example"),
+        (["https://a.b"], None),
+    ):
+        gateway = serve(cors_origins=origins)
+        before = gateway.client.options(f"{gateway.url}/v1/chat/completions", headers=asked)
+        answer = gateway.client.get(f"{gateway.url}/v1/models", headers=page)
+        for response in (before, answer):
+            assert response.headers.get("access-control-allow-origin") == allowed
+        if allowed:
+            assert before.status_code == 200
+            assert "x-backdrop-camera" in before.headers["access-control-allow-headers"]
+            assert "x-backdrop-reference" in answer.headers["access-control-expose-headers"].lower()
+
+
+def test_completions_without_a_chat_are_a_400(gateway):
+    """A proxy takes a 404 for a server that has lost its model, and sends it nothing more."""
+    for path in ("/v1/completions", "/completions"):
+        answer = gateway.client.post(gateway.url + path, json={"prompt": "a"})
+        assert refused(answer, 400, "wanted POST /v1/chat/completions")["code"] == "not_served"
 
 
 def test_metrics_count_what_happened(gateway, engines):
@@ -107,7 +169,7 @@ def test_metrics_count_what_happened(gateway, engines):
     )
     assert metric("first_token_seconds_count") == metric("split_seconds_count") == 2
     assert metric("requests_in_flight") == 0 and metric("retries_total") == 0
-    shown = gateway.client.get(f"{gateway.url}/metrics")
+    shown = gateway.client.get(f"{gateway.url}/metrics", headers=KEEPER)
     assert shown.headers["content-type"].startswith("text/plain")
     for engine in engines:
         assert f'backdrop_replica_up{{replica="{engine.url}"}} 1.0' in shown.text

@@ -7,6 +7,7 @@ import tracemalloc
 import zlib
 from io import BytesIO
 
+import numpy as np
 import pytest
 import tiny
 from PIL import Image, ImageOps
@@ -67,15 +68,38 @@ def test_a_byte_too_many_is_refused_before_it_is_decoded(size):
         ("data:image/png;base64", "wanted data:image/"),
         ("data:image/png,AAAA", "wanted data:image/"),
         ("data:" + "x" * 1000, "begins 'data:x{35}'"),
-        ("data:image/png;base64,AAA", "no base64"),
+        ("data:image/png;base64,AAAAA", "no base64"),
+        ("data:image/png;base64,AA=A", "no base64"),
+        ("data:image/png;base64,AA===", "no base64"),
         ("data:image/png;base64,AAAA!", "no base64"),
-        ("data:image/png;base64,AA AA", "no base64"),
         ("data:image/png;base64,\u00e4\u00e4\u00e4\u00e4", "no base64"),
         ("data:image/png;base64,\ud800AAA", "no base64"),
     ],
 )
 def test_what_is_no_data_url_is_named(url, message):
     refused(400, message, decode_data_url, url, 100)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda text: "\r\n".join(text[i : i + 76] for i in range(0, len(text), 76)) + "\r\n",
+        lambda text: f" {text}\n",
+        lambda text: text.rstrip("="),
+        lambda text: text.replace("+", "-").replace("/", "_"),
+        lambda text: text.replace("+", "-").replace("/", "_").rstrip("="),
+        lambda text: text.replace("+", "%2B").replace("/", "%2F").replace("=", "%3D"),
+    ],
+    ids=["line breaks", "spaces", "no padding", "URL-safe", "URL-safe without padding", "percent"],
+)
+@pytest.mark.parametrize("head", ["data:image/png;base64,", "DATA:image/PNG;BASE64,", " data:;base64,", ""])
+def test_base64_is_read_as_clients_write_it(write, head):
+    for size in (1, 2, 3, 200, 201, 202):
+        data = random.Random(size).randbytes(size)
+        url = head + write(base64.b64encode(data).decode())
+        assert decode_data_url(url, size) == data
+        if size > 1:
+            refused(413, f"an image has {size} bytes", decode_data_url, url, size - 1)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -142,6 +166,59 @@ def test_a_jpeg_of_many_scans_is_refused():
     assert caught.value.status == 413
 
 
+def many_scans() -> bytes:
+    data = encoded(Image.radial_gradient("L").convert("RGB"), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + 100 * data[last:-2] + data[-2:]
+
+
+def test_a_jpeg_of_several_pictures_hides_no_scans():
+    """PIL calls it an MPO, and its first picture is decoded as any other."""
+    buffer = BytesIO()
+    photo = tiny.photo(40, 30)
+    photo.save(buffer, "MPO", save_all=True, append_images=[photo])
+    data = buffer.getvalue()
+    assert Image.open(BytesIO(data)).format == "MPO"
+    assert open_image(data, PIXELS).size == (40, 30)
+    app2 = data[data.index(b"\xff\xe2") :]
+    segment = app2[: 2 + int.from_bytes(app2[2:4], "big")]
+    hidden = many_scans()
+    hidden = hidden[:2] + segment + hidden[2:]
+    refused(413, "scans; wanted at most 64", open_image, hidden, 10**6)
+
+
+def test_a_phones_picture_is_decoded_at_reduced_size():
+    photo = tiny.photo(800, 600, seed=3)
+    data = encoded(photo, "JPEG", quality=95)
+    for pixels, size in (
+        (480_000, (800, 600)),
+        (479_999, (400, 300)),
+        (30_001, (200, 150)),
+        (8_000, (100, 75)),
+    ):
+        small = open_image(data, pixels, 480_000)
+        assert small.size == size
+        close = np.asarray(photo.resize(size, Image.Resampling.BOX), float) - np.asarray(small, float)
+        assert np.abs(close).mean() < 6
+    refused(413, "800 x 600 pixels; wanted at most 1,000", open_image, data, 1_000, 480_000)
+    refused(413, "800 x 600 pixels", open_image, data, 100_000, 479_999)
+    refused(413, "800 x 600 pixels", open_image, encoded(photo), 100_000, 480_000)
+
+
+def test_memory_of_a_large_picture_is_bounded():
+    """A JPEG of several scans, progressive or not, is kept as coefficients: its memory does not shrink with its size."""
+    photo = tiny.photo(800, 600)
+    refused(413, "800 x 600", open_image, encoded(photo, "JPEG", progressive=True), 100_000, 10**6)
+    baseline = encoded(photo, "JPEG")
+    scan = baseline.index(b"\xff\xda")
+    one_component = baseline[: scan + 4] + b"\x01" + baseline[scan + 5 :]  # claims that others follow
+    refused(413, "800 x 600", open_image, one_component, 100_000, 10**6)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = open_image(encoded(photo, "JPEG", exif=exif), 120_000, 10**6)
+    assert upright.size == (300, 400)
+
+
 def test_a_webp_bomb_is_refused():
     refused(413, "200 x 200 pixels", open_image, encoded(Image.new("RGB", (200, 200)), "WEBP"), PIXELS)
     size = struct.pack("<I", 16_382)[:3]
@@ -171,7 +248,7 @@ SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="http://169.254.169.
         (SVG, "is none of"),
         (b"%PDF-1.7\n", "is none of"),
         (b"\x89PNG\r\n\x1a\n", "is none of"),
-        (encoded(Image.new("L", (4, 4)), "TIFF"), "is none of"),
+        (encoded(Image.new("L", (4, 4)), "TIFF", compression="jpeg"), "a TIFF image is compressed by 'jpeg'"),
         (encoded(Image.new("L", (4, 4)), "ICO"), "is none of"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is none of"),
         (

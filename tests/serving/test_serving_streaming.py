@@ -1,6 +1,7 @@
 """Streamed answers: whole, in time, cut off by an engine, left by a client."""
 
 import json
+import time
 
 import pytest
 from fake_engine import PIECE, image_parts, red_scene, wait_until
@@ -8,6 +9,7 @@ from running_gateway import (
     asked,
     connection,
     events_of,
+    in_thread,
     question,
     refused,
     streamed_text,
@@ -71,6 +73,59 @@ def test_usage_is_shown_to_clients_that_ask_for_it(gateway, engines):
         "prompt_tokens_total", kind="computed"
     )
     assert tokens == 4 * usages[0]["prompt_tokens"]
+
+
+@pytest.fixture
+def waiting(serve, engines):
+    """A gateway that sends a stream's headers, and its comments, without waiting long for the first token."""
+    engines[1].stop()
+    engines[0].mode = "slow"
+    return serve(limits={"headers_seconds": 0.05, "comment_seconds": 0.05}, health_seconds=60)
+
+
+def test_headers_and_comments_come_before_the_first_token(waiting, engines):
+    body = question(red_scene(), stream=True, stream_options={"include_usage": True})
+    with waiting.client.stream("POST", f"{waiting.url}/v1/chat/completions", json=body) as answer:
+        assert answer.status_code == 200 and answer.headers["x-backdrop-patches-fresh"] == "16"
+        assert answer.headers["cache-control"] == "no-cache, no-transform"
+        assert answer.headers["x-accel-buffering"] == "no" and answer.headers["x-request-id"]
+        pieces = answer.iter_raw()
+        for _ in range(3):
+            assert set(next(pieces).decode().split("\n\n")) == {": waiting", ""}
+        engines[0].step(1000)
+        rest = b"".join(pieces).decode().replace(": waiting\n\n", "")
+    assert streamed_text(rest.encode()).endswith("| q")
+    assert events_of(rest.encode())[-2]["usage"]["backdrop"]["seconds"]["first_token"] > 0.1
+
+
+def test_a_failure_after_the_headers_is_an_event(waiting, engines):
+    engines[0].mode = "hang"
+    waiting.gateway.settings.limits.first_token_seconds = 0.3
+    answer = waiting.ask(red_scene(), stream=True)
+    (last,) = events_of(answer.content.replace(b": waiting\n\n", b""))
+    assert answer.status_code == 200 and last["error"]["code"] == "engine_timeout"
+
+
+def test_a_refusal_after_the_headers_is_an_event(waiting, engines):
+    engines[0].mode = "slow 400"
+    thread, found = in_thread(waiting.ask, red_scene(), stream=True)
+    wait_until(lambda: engines[0].running)
+    time.sleep(0.1)
+    engines[0].step(1000)
+    thread.join()
+    (last,) = events_of(found[0].content.replace(b": waiting\n\n", b""))
+    assert last == {"error": {"message": "refused with 400"}}
+
+
+def test_a_client_that_leaves_while_it_waits_releases_everything(waiting, engines):
+    body = json.dumps(question(red_scene(), stream=True)).encode()
+    with connection(waiting, f"Content-Length: {len(body)}") as sending:
+        sending.sendall(body)
+        data = b""
+        while b": waiting" not in data:
+            data += sending.recv(65536)
+    wait_until(lambda: engines[0].cancelled == 1 and engines[0].running == 0)
+    wait_until(waiting.is_idle)
 
 
 def test_a_replica_lost_within_an_answer_is_told(serve, engines):

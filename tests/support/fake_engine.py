@@ -29,7 +29,7 @@ from backdrop.processing.patch_groups_backdrop import (
 )
 from backdrop.processing.processing_backdrop import BackdropProcessor
 from backdrop.serving.frames import GroupItem
-from backdrop.serving.prompts import prompt_tokens
+from backdrop.serving.prompts import prompt_text, prompt_tokens
 
 PIECE = 16  # characters of an answer in one event
 
@@ -148,11 +148,12 @@ class FakeEngine(AppThread):
     """`with FakeEngine(processor) as engine: client of engine.url + "/v1"`.
 
     Attributes:
-        name, root: of the model, in /v1/models.
+        name, root, context: of the model, in /v1/models; context is its max_model_len, None: not told.
+        prompts: texts that the chat template made of the requests, but for probes.
         sees_alpha: False: images are taken for RGB, as vLLM does without `--media-io-kwargs`.
         mode: what happens to every request but the probe:
             "answer";
-            "500", "503", "400": that status;
+            "500", "503", "400": that status; "slow 400": after a step;
             "close": the connection is closed without an answer;
             "hang": nothing, until the caller leaves;
             "early death", "late death": a stream's connection breaks before, after its first event;
@@ -164,6 +165,7 @@ class FakeEngine(AppThread):
         modes: what happens to the next requests instead, in order.
         healthy: False: /health answers 503.
         text: the answer; None: the background's uuid and the question.
+        calls: tool calls of the answer.
         requests: bodies, but for probes.
         probes: how many came.
         cancelled: how many callers left while they were waiting.
@@ -184,6 +186,9 @@ class FakeEngine(AppThread):
     def reset(self) -> None:
         """Forgets every request, and every way to fail."""
         self.sees_alpha, self.healthy, self.text = True, True, None
+        self.context: int | None = None
+        self.calls: list[dict] = []
+        self.prompts: list[str] = []
         self.mode = self.probe_mode = "answer"
         self.modes: list[str] = []
         self.requests: list[dict] = []
@@ -207,9 +212,10 @@ class FakeEngine(AppThread):
         return Response(status_code=200 if self.healthy else 503)
 
     async def _models(self, request: Request) -> Response:
-        return JSONResponse(
-            {"object": "list", "data": [{"id": self.name, "object": "model", "root": self.root}]}
-        )
+        card = {"id": self.name, "object": "model", "root": self.root}
+        if self.context is not None:
+            card["max_model_len"] = self.context
+        return JSONResponse({"object": "list", "data": [card]})
 
     async def _chat(self, request: Request) -> Response:
         body = json.loads(await request.body())
@@ -223,6 +229,8 @@ class FakeEngine(AppThread):
             mode = self.modes.pop(0) if self.modes else self.mode
         self.running += 1
         try:
+            if mode == "slow 400" and await self._stepped(request):
+                mode = "400"
             if mode.isdecimal():
                 return JSONResponse({"error": {"message": f"refused with {mode}"}}, int(mode))
             if mode == "close":
@@ -252,20 +260,24 @@ class FakeEngine(AppThread):
         items = [
             GroupItem(GROUP_KINDS[group.kind], int(group.patch_mask.sum()), "", b"") for _, group in groups
         ]
-        tokens = prompt_tokens(self.processor, body["messages"], items)
+        text = prompt_text(self.processor, body["messages"], body.get("tools"))
+        if any(each is body for each in self.requests):
+            self.prompts.append(text)
+        tokens = prompt_tokens(self.processor, text, items)
         background = next((uuid for uuid, group in groups if group.kind == BACKGROUND), None)
         key = (body.get("cache_salt"), background)
         cached = items[0].patches if items and key in self._known else 0
         self._known.add(key)
         text = self.text if self.text is not None else f"{background} | {question_of(body)}"
+        message = {"role": "assistant", "content": text}
+        if self.calls:
+            message["tool_calls"] = self.calls
         return {
             "id": "chatcmpl-0",
             "object": "chat.completion",
             "created": 0,
             "model": self.name,
-            "choices": [
-                {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-            ],
+            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
             "usage": {
                 "prompt_tokens": tokens,
                 "completion_tokens": 3,
@@ -301,6 +313,13 @@ class FakeEngine(AppThread):
                 yield event(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
                 if mode == "late death":
                     raise ConnectionAbortedError
+            for number, call in enumerate(self.calls):
+                arguments = call["function"]["arguments"]
+                for piece in ("", arguments[:5], arguments[5:]):
+                    function = {"arguments": piece} if piece else {"name": call["function"]["name"]}
+                    part = {"index": number, "function": function, **({} if piece else {"id": call["id"]})}
+                    delta = {"tool_calls": [part]}
+                    yield event(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
             if mode not in ("cut", "empty"):
                 yield event(head | {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
                 if (body.get("stream_options") or {}).get("include_usage"):
@@ -362,7 +381,9 @@ def group_of(part: dict, processor: BackdropProcessor) -> PatchGroup:
 def question_of(body: dict) -> str:
     """The last text."""
     content = body["messages"][-1]["content"]
-    return content if isinstance(content, str) else content[-1]["text"]
+    if isinstance(content, str):
+        return content
+    return next((part["text"] for part in reversed(content) if part["type"] == "text"), "")
 
 
 def red_processor() -> BackdropProcessor:

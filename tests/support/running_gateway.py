@@ -12,6 +12,8 @@ from backdrop.serving.gateway import Gateway
 from backdrop.serving.tenants import hash_key
 
 KEYS = {"north": "key-of-north", "south": "key-of-south"}  # by tenant
+KEEPER = {"Authorization": "Bearer key-of-the-keeper"}
+ADMIN_KEYS = {hash_key("key-of-the-keeper"): "*"}
 HASHED_KEYS = {hash_key(key): tenant for tenant, key in KEYS.items()}
 
 # A chat request's body in bytes, but for further fields and its end.
@@ -47,8 +49,8 @@ class RunningGateway(AppThread):
         return answer.json()["choices"][0]["message"]["content"]
 
     def health(self) -> dict[str, str]:
-        """State by replica."""
-        return self.client.get(f"{self.url}/health").json()["replicas"]
+        """State by replica, as keepers see it."""
+        return self.client.get(f"{self.url}/health", headers=KEEPER).json()["replicas"]
 
     def metric(self, name: str, **labels) -> float:
         """The value of a metric, named without its prefix."""

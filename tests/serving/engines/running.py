@@ -21,6 +21,7 @@ from backdrop.serving.tenants import hash_key
 MODEL = EXAMPLE
 BLOCK = 32
 KEYS = {"north": "key-of-north", "south": "key-of-south"}
+KEEPER = {"Authorization": "Bearer key-of-the-keeper"}
 
 
 def free_ports(count: int) -> list[int]:
@@ -63,7 +64,7 @@ class Stack:
                 process.send_signal(sent)
 
     def states(self) -> dict[str, str]:
-        return httpx.get(f"{self.url}/health", timeout=10).json()["replicas"]
+        return httpx.get(f"{self.url}/health", headers=KEEPER, timeout=10).json()["replicas"]
 
     def wait_until_up(self, seconds: float = 240) -> None:
         end = time.monotonic() + seconds
@@ -79,7 +80,7 @@ class Stack:
         return "\n".join(line for line in self.log.read_text().splitlines() if "replica" in line)
 
     def metric(self, name: str) -> float:
-        text = httpx.get(f"{self.url}/metrics", timeout=10).text
+        text = httpx.get(f"{self.url}/metrics", headers=KEEPER, timeout=10).text
         found = re.search(rf"^{re.escape(name)} (.*)$", text, re.MULTILINE)
         return float(found[1]) if found else 0.0
 
@@ -89,7 +90,11 @@ def start_stack(folder: Path, engine_python: str, replicas: int = 2) -> Stack:
     config = folder / "gateway.yaml"
     config.write_text(
         yaml.safe_dump(
-            {"keys": {hash_key(key): tenant for tenant, key in KEYS.items()}, "health_seconds": 0.5}
+            {
+                "keys": {hash_key(key): tenant for tenant, key in KEYS.items()},
+                "admin_keys": {hash_key("key-of-the-keeper"): "*"},
+                "health_seconds": 0.5,
+            }
         )
     )
     command = [sys.executable, "-m", "backdrop", "serve", str(MODEL), "--port", str(ports[-1])]

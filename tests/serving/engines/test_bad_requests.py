@@ -15,8 +15,10 @@ import httpx
 import numpy as np
 import psutil
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from running import KEYS
 
+from backdrop.processing.patch_groups_backdrop import METADATA_KEY
 from backdrop.scenes.world import render_scene
 from backdrop.serving import BackdropClient
 
@@ -35,6 +37,16 @@ def bomb(side: int = 30_000) -> bytes:
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     data = zlib.compress(bytes(100_000))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def mpo_of(jpeg: bytes) -> bytes:
+    """A JPEG behind the mark of a file of several pictures."""
+    buffer = BytesIO()
+    picture = Image.new("RGB", (8, 8))
+    picture.save(buffer, "MPO", save_all=True, append_images=[picture])
+    found = buffer.getvalue()
+    segment = found[found.index(b"\xff\xe2") :]
+    return jpeg[:2] + segment[: 2 + int.from_bytes(segment[2:4], "big")] + jpeg[2:]
 
 
 def data_url(data: bytes, kind: str = "png") -> str:
@@ -65,18 +77,26 @@ def bad_requests() -> list[tuple[str, bytes, int, str, dict]]:
     mixed = Image.new("RGBA", (168, 168), (1, 2, 3, 253))
     mixed.putpixel((0, 0), (1, 2, 3, 254))
     buffer = BytesIO()
-    mixed.save(buffer, "PNG")
+    mark = PngInfo()
+    mark.add_text(METADATA_KEY, json.dumps({"image_size": 168, "patch_size": 14, "geometry": "resize+crop"}))
+    mixed.save(buffer, "PNG", pnginfo=mark)
+    hidden = mpo_of(scans)
     cases = [
         ("not an image", message(image(data_url(b"hello" * 50)), text), 400, "image"),
         ("truncated", message(image(data_url(jpeg[: 3 * len(jpeg) // 4], "jpeg")), text), 400, "damaged"),
         ("bomb", message(image(data_url(bomb())), text), 413, "pixels"),
         ("scans", message(image(data_url(scans, "jpeg")), text), 413, "scans"),
-        ("placeholders", message({"type": "text", "text": "<image>" * 10_000}), 400, "10,000"),
+        ("hidden scans", message(image(data_url(hidden, "jpeg")), text), 413, "scans"),
+        ("placeholders", message({"type": "text", "text": "<image>" * 10_000}), 400, "context, 512"),
+        ("a long text", message({"type": "text", "text": "a" * 20_000}), 400, "context, 512"),
+        ("misspelt", message(text) | {"temprature": 0}, 400, "temperature"),
+        ("lost", message(text | {"caption": "a bus"}), 400, "caption"),
         ("uuid", message(image(good["image_url"]["url"], uuid="0" * 40), text), 400, "uuid"),
         ("private address", message(image("http://169.254.169.254/latest"), text), 400, "169.254"),
         ("loopback", message(image("http://127.0.0.1:8000/x.png"), text), 400, "127.0.0.1"),
         ("file", message(image("file:///etc/passwd"), text), 400, "scheme"),
-        ("many images", message(*[good] * 17, text), 413, "17"),
+        ("many images", message(*[good] * 17, text), 400, "17 image(s)"),
+        ("far too many", message(*[good] * 257, text), 413, "257 images"),
         ("salt", message(good, text) | {"cache_salt": "north"}, 400, "cache_salt"),
         ("groups mixed", message(image(data_url(buffer.getvalue())), text), 400, "group"),
         ("list", [], 400, "object"),
