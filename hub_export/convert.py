@@ -1,4 +1,4 @@
-"""LLaVA checkpoints to Backdrop: names mapped, nothing missing, nothing left over, nothing random."""
+"""LLaVA checkpoints of every layout to Backdrop: names mapped, nothing missing, nothing left over, nothing random."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     LlavaConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.processing_utils import ImagesKwargs
@@ -22,7 +23,12 @@ from backdrop.processing.processing_backdrop import BackdropProcessor
 from .chat_template import VICUNA_SYSTEM_PROMPT, chat_template
 from .checkpoint import tower_config
 from .extend import extend_model
+from .original_llava import is_original, load_original
+from .parts import LlavaParts, join
+from .source_template import template_with_images
 from .tokens import prepare_tokens
+from .weights import of_other_repositories
+from .xtuner import is_xtuner, load_xtuner
 
 # LLaVA's parameter names, in the layout before transformers 4.52 and in the ones since.
 KEY_MAPPING = {
@@ -38,6 +44,8 @@ KEY_MAPPING = {
 def convert(
     source: str | Path,
     *,
+    base: str | Path | None = None,
+    tower: str | Path | None = None,
     separators: bool = True,
     num_prefusion_layers: int = 0,
     prefusion_rotary: bool = True,
@@ -47,18 +55,55 @@ def convert(
     system_prompt: str = VICUNA_SYSTEM_PROMPT,
     **hub_kwargs: Any,
 ) -> tuple[BackdropForConditionalGeneration, BackdropProcessor]:
-    """Backdrop model and processor from a `LlavaForConditionalGeneration` folder or Hub id.
+    """Backdrop model and processor from a LLaVA: transformers' (`LlavaForConditionalGeneration`), the original's, XTuner's.
 
     Args:
-        source: safetensors in any number of shards, old or new key layout; one copy of the weights is held.
+        source: folder or Hub id, in any number of shards and any key layout; one copy of the weights is held.
+        base: the language model that an adapter or a lone projector of the original layout was trained on.
+        tower: vision tower, instead of the one that a checkpoint of the original layout names.
         separators: add the four separator tokens, started from the mean of the words that describe them.
         num_prefusion_layers, prefusion_rotary, separate_vision_towers, separate_projectors: see `extend_model`.
         detector: name or path of an ultralytics model whose weights the folder will hold; None: no detector.
+        system_prompt: of LLaVA-1.5's template; a tokenizer that brings a template of its own keeps it.
         hub_kwargs: `revision`, `token`, `cache_dir`, ...
 
     Raises:
         ValueError: not a fixed-resolution LLaVA, or weights missing or left over (named).
     """
+    parts = None
+    if is_xtuner(source, hub_kwargs):
+        parts = load_xtuner(source, base, tower, hub_kwargs)
+    elif is_original(values := PreTrainedConfig.get_config_dict(source, **hub_kwargs)[0]):
+        parts = load_original(source, values, base, tower, hub_kwargs)
+    elif base is not None or tower is not None:
+        raise ValueError(
+            f"{str(source)!r} is of model type {values.get('model_type')!r}; base and tower are for checkpoints of the "
+            "original LLaVA's layout or XTuner's."
+        )
+    if parts is None:
+        model, tokenizer, image_processor = _from_transformers(source, hub_kwargs)
+    else:
+        model, tokenizer, image_processor = _from_parts(parts, hub_kwargs)
+    own_template = parts is not None and tokenizer.chat_template is not None
+    processor = complete(
+        model,
+        tokenizer,
+        image_processor,
+        template=template_with_images(tokenizer) if own_template else chat_template(system_prompt),
+        separators=separators,
+        num_prefusion_layers=num_prefusion_layers,
+        prefusion_rotary=prefusion_rotary,
+        separate_vision_towers=separate_vision_towers,
+        separate_projectors=separate_projectors,
+    )
+    if detector is not None:
+        processor.image_processor.set_detector(ObjectDetector.from_name_or_path(detector))
+    return model, processor
+
+
+def _from_transformers(
+    source: str | Path, hub_kwargs: dict[str, Any]
+) -> tuple[BackdropForConditionalGeneration, PreTrainedTokenizerBase, BackdropImageProcessor]:
     source_config = AutoConfig.from_pretrained(source, **hub_kwargs)
     if source_config.model_type != "llava":
         raise ValueError(
@@ -70,20 +115,23 @@ def convert(
         source, config=config, key_mapping=KEY_MAPPING, dtype="auto", **hub_kwargs
     )
     model.generation_config = _generation_config(source, model, hub_kwargs)
-    processor = complete(
-        model,
-        AutoTokenizer.from_pretrained(source, **hub_kwargs),
-        _image_processor(source, config, hub_kwargs),
-        template=chat_template(system_prompt),
-        separators=separators,
-        num_prefusion_layers=num_prefusion_layers,
-        prefusion_rotary=prefusion_rotary,
-        separate_vision_towers=separate_vision_towers,
-        separate_projectors=separate_projectors,
+    tokenizer = AutoTokenizer.from_pretrained(source, **hub_kwargs)
+    return model, tokenizer, image_processor_of(source, config, hub_kwargs)
+
+
+def _from_parts(
+    parts: LlavaParts, hub_kwargs: dict[str, Any]
+) -> tuple[BackdropForConditionalGeneration, PreTrainedTokenizerBase, BackdropImageProcessor]:
+    model = join(
+        parts.tower,
+        parts.language_model,
+        parts.projector,
+        vision_feature_layer=parts.layer,
+        vision_feature_select_strategy=parts.strategy,
     )
-    if detector is not None:
-        processor.image_processor.set_detector(ObjectDetector.from_name_or_path(detector))
-    return model, processor
+    image_processor = image_processor_of(parts.tower_source, model.config, of_other_repositories(hub_kwargs))
+    image_processor.do_pad = parts.pad
+    return model, parts.tokenizer, image_processor
 
 
 def complete(
@@ -136,10 +184,14 @@ def _generation_config(
         return GenerationConfig.from_model_config(model.config)
 
 
-def _image_processor(
+def image_processor_of(
     source: str | Path, config: BackdropConfig, hub_kwargs: dict[str, Any]
 ) -> BackdropImageProcessor:
-    """LLaVA's own image steps, read from its processor's attributes, so that class defaults count too."""
+    """A checkpoint's own image steps, read from its processor's attributes, so that class defaults count too.
+
+    Raises:
+        ValueError: they end in another size than the tower takes.
+    """
     found = AutoImageProcessor.from_pretrained(source, backend="pil", **hub_kwargs)
     names = [
         name for name in ImagesKwargs.__annotations__ if name in vars(found) and name != "input_data_format"

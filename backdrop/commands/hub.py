@@ -20,6 +20,13 @@ PUSH_EXAMPLE = examples(
 def convert(
     source: Annotated[str, typer.Argument(help="LLaVA checkpoint: a folder or a Hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder to write: a complete Hub folder.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Language model that an original LoRA or projector checkpoint was trained on."),
+    ] = None,
+    tower: Annotated[
+        str | None, typer.Option(help="Vision tower instead of the one that an original checkpoint names.")
+    ] = None,
     detector: Annotated[
         str | None, typer.Option(help="Ultralytics model whose weights go into the folder.")
     ] = None,
@@ -39,6 +46,8 @@ def convert(
     hub = {"revision": revision} if revision else {}
     model, processor = convert_llava(
         source,
+        base=base,
+        tower=tower,
         separators=separators,
         num_prefusion_layers=prefusion_layers,
         prefusion_rotary=prefusion_rotary,

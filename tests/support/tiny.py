@@ -68,7 +68,7 @@ def backdrop_config(tower: str = "clip", separators: bool = True, **changes) -> 
 def backdrop_model(seed: int = 0, **changes) -> BackdropForConditionalGeneration:
     torch.manual_seed(seed)
     model = BackdropForConditionalGeneration(backdrop_config(**changes)).eval()
-    _sharpen(model, seed)
+    sharpen(model, seed)
     return model
 
 
@@ -78,11 +78,11 @@ def llava_model(seed: int = 0, **changes) -> LlavaForConditionalGeneration:
         vision_config=TOWERS["clip"](), text_config=text_config(), image_token_index=IMAGE_ID, **changes
     )
     model = LlavaForConditionalGeneration(config).eval()
-    _sharpen(model, seed)
+    sharpen(model, seed)
     return model
 
 
-def _sharpen(model, seed: int) -> None:
+def sharpen(model, seed: int) -> None:
     """Larger weights, so that an image or a position that is lost changes the logits visibly."""
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
