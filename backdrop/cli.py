@@ -54,6 +54,7 @@ app.command("split", rich_help_panel=USE, **pictures.SPLIT_EXAMPLE)(pictures.spl
 app.command("ask", rich_help_panel=USE, **pictures.ASK_EXAMPLE)(pictures.ask)
 
 app.command("convert", rich_help_panel=TRAIN, **hub.CONVERT_EXAMPLE)(hub.convert)
+app.command("build", rich_help_panel=TRAIN, **hub.BUILD_EXAMPLE)(hub.build)
 app.command("data", rich_help_panel=TRAIN, **train.DATA_EXAMPLE)(train.data)
 app.command(
     "train",

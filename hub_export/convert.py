@@ -129,8 +129,8 @@ def _from_parts(
         vision_feature_layer=parts.layer,
         vision_feature_select_strategy=parts.strategy,
     )
-    image_processor = image_processor_of(parts.tower_source, model.config, of_other_repositories(hub_kwargs))
-    image_processor.do_pad = parts.pad
+    hub = of_other_repositories(hub_kwargs)
+    image_processor = image_processor_of(parts.tower_source, model.config, hub, do_pad=parts.pad)
     return model, parts.tokenizer, image_processor
 
 
@@ -163,6 +163,11 @@ def complete(
 
 
 def _backdrop_config(llava: LlavaConfig) -> BackdropConfig:
+    if getattr(llava.vision_config, "num_register_tokens", 0):
+        raise ValueError(
+            f"vision_config.num_register_tokens is {llava.vision_config.num_register_tokens}: LLaVA gives registers to its "
+            "language model as if they were patches; wanted a tower without them."
+        )
     return BackdropConfig(
         vision_config=llava.vision_config,
         text_config=llava.text_config,
@@ -185,21 +190,20 @@ def _generation_config(
 
 
 def image_processor_of(
-    source: str | Path, config: BackdropConfig, hub_kwargs: dict[str, Any]
+    source: str | Path, config: BackdropConfig, hub_kwargs: dict[str, Any], **changes: Any
 ) -> BackdropImageProcessor:
-    """A checkpoint's own image steps, read from its processor's attributes, so that class defaults count too.
+    """The image processor of a checkpoint's own image steps.
+
+    Args:
+        source: folder or Hub id.
+        config: of the model whose tower takes the images.
+        hub_kwargs: `revision`, `token`, ...
+        changes: of the checkpoint's own options.
 
     Raises:
         ValueError: they end in another size than the tower takes.
     """
-    found = AutoImageProcessor.from_pretrained(source, backend="pil", **hub_kwargs)
-    names = [
-        name for name in ImagesKwargs.__annotations__ if name in vars(found) and name != "input_data_format"
-    ]
-    options = {name: getattr(found, name) for name in names}
-    # None means "no" in transformers' classes; here it would mean our default.
-    for name in ("do_resize", "do_center_crop", "do_pad", "do_rescale", "do_normalize"):
-        options[name] = bool(options.get(name))
+    options = image_options(source, hub_kwargs) | changes
     tower = tower_config(config)
     processor = BackdropImageProcessor(patch_size=tower.patch_size, **options)
     side = processor.image_side
@@ -209,3 +213,19 @@ def image_processor_of(
             f"{tower.image_size} x {tower.image_size}; wanted one fixed resolution."
         )
     return processor
+
+
+def image_options(source: str | Path, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's own image steps, read from its processor's attributes, so that class defaults count too."""
+    try:
+        found = AutoImageProcessor.from_pretrained(source, backend="pil", **hub_kwargs)
+    except ValueError:  # DINOv3's has no such backend; its options are the same
+        found = AutoImageProcessor.from_pretrained(source, **hub_kwargs)
+    names = [
+        name for name in ImagesKwargs.__annotations__ if name in vars(found) and name != "input_data_format"
+    ]
+    options = {name: getattr(found, name) for name in names}
+    # None means "no" in transformers' classes; here it would mean our default.
+    for name in ("do_resize", "do_center_crop", "do_pad", "do_rescale", "do_normalize"):
+        options[name] = bool(options.get(name))
+    return options

@@ -7,7 +7,13 @@ from .checkpoint import tower_config
 # Where the snippets name the repository; `push` puts the real name in its place.
 REPO_PLACEHOLDER = "OWNER/NAME"
 AGPL_URL = "https://www.gnu.org/licenses/agpl-3.0.html"
-TOWER_NAMES = {"clip_vision_model": "CLIP", "siglip_vision_model": "SigLIP", "dinov2": "DINOv2"}
+TOWER_NAMES = {
+    "clip_vision_model": "CLIP",
+    "siglip_vision_model": "SigLIP",
+    "dinov2": "DINOv2",
+    "dinov2_with_registers": "DINOv2 with registers",
+    "dinov3_vit": "DINOv3 ViT",
+}
 
 _APACHE = """\
 The code in this folder (*.py): Copyright the Backdrop authors.

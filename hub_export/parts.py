@@ -24,7 +24,7 @@ from transformers import (
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration, BackdropProjector
 
-from .weights import check_names
+from .weights import check_names, quiet_loading
 
 # What a checkpoint of an image-text pair holds beside its vision tower.
 TEXT_HALF = re.compile(r"(text_model|text_projection|visual_projection|logit_scale|logit_bias)\b.*")
@@ -97,9 +97,10 @@ def load_tower(
     weights: dict[str, Any] = {"pretrained_model_name_or_path": source, **hub_kwargs}
     if state is not None:
         weights = {"pretrained_model_name_or_path": None, "state_dict": dict(state)}
-    model, info = MODEL_MAPPING[type(config)].from_pretrained(
-        config=config, dtype=dtype, output_loading_info=True, **weights
-    )
+    with quiet_loading():
+        model, info = MODEL_MAPPING[type(config)].from_pretrained(
+            config=config, dtype=dtype, output_loading_info=True, **weights
+        )
     left_over = [name for name in info["unexpected_keys"] if not TEXT_HALF.match(name)]
     check_names(f"the tower of {str(source)!r}", info["missing_keys"], left_over)
     return model
@@ -124,9 +125,10 @@ def load_language_model(
     """
     if config is None:
         config = language_config_of(source, hub_kwargs)
-    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-        source, config=config, dtype=dtype, output_loading_info=True, **hub_kwargs
-    )
+    with quiet_loading():
+        model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True, **hub_kwargs
+        )
     check_names(f"the language model of {str(source)!r}", info["missing_keys"], ())
     return Part(model, sorted(info["unexpected_keys"]))
 

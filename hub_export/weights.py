@@ -1,15 +1,16 @@
 """Files and tensors of a checkpoint, in a folder or on the Hub, read without running what they hold."""
 
+import contextlib
 import json
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 # Buffers that older versions of transformers saved, and newer ones compute.
 COMPUTED = re.compile(r"(position_ids|rotary_emb\.inv_freq|\.masked_bias)$")
@@ -97,6 +98,17 @@ def _matching(path: Path, wanted: re.Pattern) -> dict[str, torch.Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys() if wanted.fullmatch(name)}  # noqa: SIM118
     return {name: value for name, value in read_pickled(path).items() if wanted.fullmatch(name)}
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keeps transformers from listing names that are missing or left over: here every one of them is checked."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def check_names(what: str, missing: Iterable[str], left_over: Iterable[str]) -> None:

@@ -7,6 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -34,7 +36,15 @@ TOWERS = {
     "clip": lambda: CLIPVisionConfig(intermediate_size=64, **_TOWER),
     "siglip": lambda: SiglipVisionConfig(intermediate_size=64, **_TOWER),
     "dinov2": lambda: Dinov2Config(mlp_ratio=2, **_TOWER),
+    "dinov2_with_registers": lambda: Dinov2WithRegistersConfig(mlp_ratio=2, num_register_tokens=3, **_TOWER),
+    # Training moves DINOv3's positions at random, unless it is told not to.
+    "dinov3": lambda: DINOv3ViTConfig(
+        intermediate_size=64, num_register_tokens=2, pos_embed_rescale=None, **_TOWER
+    ),
 }
+
+
+PREFIX_TOKENS = {"clip": 1, "siglip": 0, "dinov2": 1, "dinov2_with_registers": 4, "dinov3": 3}
 
 
 def text_config(**changes) -> LlamaConfig:
