@@ -3,7 +3,6 @@
 It sees nothing before its projector is trained (`backdrop train --config align`), and reads groups only after a finetune.
 """
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ from backdrop.processing.detector_backdrop import ObjectDetector
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
-from .chat_template import VICUNA_SYSTEM_PROMPT, chat_template
-from .convert import complete, image_options
+from .convert import complete, image_options, new_template
 from .parts import (
     join,
     language_config_of,
@@ -28,12 +26,10 @@ from .parts import (
     probe,
     tower_config_of,
 )
-from .source_template import has_answer_marks, template_with_images
 from .weights import check_names
 
 # What DINOv3's positions are moved by in training, at random: a group and its reuse must see the same positions.
 MOVED_POSITIONS = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
-logger = logging.getLogger(__name__)
 
 
 def build(
@@ -85,16 +81,11 @@ def build(
         with torch.device("meta"):
             model = BackdropForConditionalGeneration._from_config(config, dtype=language_config.dtype)
         model.generation_config = GenerationConfig.from_model_config(language_config)
-    if tokenizer.chat_template is None:
-        template = chat_template(VICUNA_SYSTEM_PROMPT)
-    else:
-        template = template_with_images(tokenizer)
-        if not has_answer_marks(template):
-            logger.warning(
-                "The chat template of %r does not show where answers end: train with assistant_only_loss: false.",
-                str(language),
-            )
     image_processor = BackdropImageProcessor(patch_size=vision_config.patch_size, **options)
+    source_template = tokenizer.chat_template
+    if isinstance(source_template, dict):
+        source_template = source_template.get("default")
+    template = new_template(source_template, tokenizer)
     processor = complete(model, tokenizer, image_processor, template=template, separators=separators)
     if detector is not None:
         processor.image_processor.set_detector(ObjectDetector.from_name_or_path(detector))

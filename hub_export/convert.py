@@ -1,5 +1,6 @@
 """LLaVA checkpoints of every layout to Backdrop: names mapped, nothing missing, nothing left over, nothing random."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.processing_utils import ImagesKwargs
+from transformers.processing_utils import ImagesKwargs, ProcessorMixin
 
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
@@ -25,11 +26,12 @@ from .checkpoint import tower_config
 from .extend import extend_model
 from .original_llava import is_original, load_original
 from .parts import LlavaParts, join
-from .source_template import template_with_images
+from .source_template import is_vicuna, keep_template
 from .tokens import prepare_tokens
 from .weights import of_other_repositories
 from .xtuner import is_xtuner, load_xtuner
 
+logger = logging.getLogger(__name__)
 # LLaVA's parameter names, in the layout before transformers 4.52 and in the ones since.
 KEY_MAPPING = {
     r"^language_model\.lm_head\.": "lm_head.",
@@ -52,7 +54,8 @@ def convert(
     separate_vision_towers: bool = False,
     separate_projectors: bool = False,
     detector: str | None = None,
-    system_prompt: str = VICUNA_SYSTEM_PROMPT,
+    template: str | None = None,
+    system_prompt: str | None = None,
     **hub_kwargs: Any,
 ) -> tuple[BackdropForConditionalGeneration, BackdropProcessor]:
     """Backdrop model and processor from a LLaVA: transformers' (`LlavaForConditionalGeneration`), the original's, XTuner's.
@@ -64,11 +67,12 @@ def convert(
         separators: add the four separator tokens, started from the mean of the words that describe them.
         num_prefusion_layers, prefusion_rotary, separate_vision_towers, separate_projectors: see `extend_model`.
         detector: name or path of an ultralytics model whose weights the folder will hold; None: no detector.
-        system_prompt: of LLaVA-1.5's template; a tokenizer that brings a template of its own keeps it.
+        template: Jinja text of a chat template to use in place of the source's own; see `keep_template`.
+        system_prompt: the system message of conversations without one; None: that of the template.
         hub_kwargs: `revision`, `token`, `cache_dir`, ...
 
     Raises:
-        ValueError: not a fixed-resolution LLaVA, or weights missing or left over (named).
+        ValueError: not a fixed-resolution LLaVA, weights missing or left over (named), or a chat template that cannot be used.
     """
     parts = None
     if is_xtuner(source, hub_kwargs):
@@ -84,12 +88,13 @@ def convert(
         model, tokenizer, image_processor = _from_transformers(source, hub_kwargs)
     else:
         model, tokenizer, image_processor = _from_parts(parts, hub_kwargs)
-    own_template = parts is not None and tokenizer.chat_template is not None
+    if template is None:
+        template = _source_template(source, tokenizer, hub_kwargs)
     processor = complete(
         model,
         tokenizer,
         image_processor,
-        template=template_with_images(tokenizer) if own_template else chat_template(system_prompt),
+        template=new_template(template, tokenizer, system_prompt),
         separators=separators,
         num_prefusion_layers=num_prefusion_layers,
         prefusion_rotary=prefusion_rotary,
@@ -160,6 +165,41 @@ def complete(
         extra_tokens_per_group=model.config.extra_tokens_per_group,
         chat_template=template,
     )
+
+
+def new_template(
+    source: str | None, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None = None
+) -> str:
+    """The chat template of a new model: its source's own, or LLaVA-1.5's where that has none or writes LLaVA-1.5's turns.
+
+    Warns where the template marks no answers, which assistant-only loss needs.
+
+    Args:
+        source: Jinja text; None: there is none.
+        tokenizer: the source's.
+        system_prompt: see `convert`.
+    """
+    if source is None or is_vicuna(source, tokenizer):
+        return chat_template(VICUNA_SYSTEM_PROMPT if system_prompt is None else system_prompt)
+    kept = keep_template(source, tokenizer, system_prompt)
+    if not kept.marked:
+        logger.warning(
+            "The chat template ends answers in no token that could be found, so they are not marked: assistant_only_loss is "
+            "off for this model. Train on prompt/completion rows, or give a template with {% generation %} marks."
+        )
+    return kept.text
+
+
+def _source_template(
+    source: str | Path, tokenizer: PreTrainedTokenizerBase, hub_kwargs: dict[str, Any]
+) -> str | None:
+    """The template that a checkpoint comes with: its processor's, else its tokenizer's; of several, the default one."""
+    try:
+        found = ProcessorMixin.get_processor_dict(source, **hub_kwargs)[0].get("chat_template")
+    except OSError:
+        found = None
+    found = found or tokenizer.chat_template
+    return found.get("default") if isinstance(found, dict) else found
 
 
 def _backdrop_config(llava: LlavaConfig) -> BackdropConfig:

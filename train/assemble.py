@@ -14,6 +14,7 @@ from trl import ModelConfig
 from backdrop.hub_export.chat_template import chat_template
 from backdrop.hub_export.checkpoint import load_checkpoint
 from backdrop.hub_export.extend import extend_model
+from backdrop.hub_export.source_template import is_vicuna, with_image_position
 from backdrop.hub_export.tokens import prepare_tokens
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
@@ -211,13 +212,22 @@ def _set_up(processor: BackdropProcessor, arguments: ModelArguments) -> None:
         processor.use_separators = True
         BackdropProcessor.add_tokens(processor.tokenizer)
     if arguments.image_position is not None:
-        processor.chat_template = chat_template(
-            _system_prompt(processor), images_first=arguments.image_position == "first"
-        )
+        first = arguments.image_position == "first"
+        kept = with_image_position(processor.chat_template, first)
+        processor.chat_template = kept or chat_template(_system_prompt(processor), images_first=first)
 
 
 def _system_prompt(processor: BackdropProcessor) -> str:
-    """The default system prompt of a processor's template: the text before the user's turn."""
+    """The default system prompt of a processor's template: the text before the user's turn.
+
+    Raises:
+        ValueError: the template is not LLaVA-1.5's.
+    """
+    if not is_vicuna(processor.chat_template, processor.tokenizer, own_system=True):
+        raise ValueError(
+            "image_position: the model's chat template is neither LLaVA-1.5's nor one that `backdrop convert` kept; wanted "
+            "image_position left out."
+        )
     text = processor.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
     bos = processor.tokenizer.bos_token or ""
     return text.removeprefix(bos).split("USER: ", 1)[0].strip()

@@ -39,6 +39,13 @@ def convert(
     prefusion_rotary: Annotated[bool, typer.Option(help="Rotary positions in prefusion.")] = True,
     separate_towers: Annotated[bool, typer.Option(help="A second vision tower for objects.")] = False,
     separate_projectors: Annotated[bool, typer.Option(help="A second projector for objects.")] = False,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(help="Jinja file of a chat template to use in place of the checkpoint's own."),
+    ] = None,
+    system_prompt: Annotated[
+        str | None, typer.Option(help="System message of conversations that have none.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     licence: Licence = "other",
     json_output: Json = False,
@@ -58,6 +65,8 @@ def convert(
         separate_vision_towers=separate_towers,
         separate_projectors=separate_projectors,
         detector=detector,
+        template=None if chat_template is None else chat_template.read_text(encoding="utf-8"),
+        system_prompt=system_prompt,
         **hub,
     )
     base = source if not os.path.isdir(source) else None

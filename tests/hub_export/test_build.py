@@ -138,7 +138,7 @@ def test_a_template_whose_answers_cannot_be_told_is_warned_of(tmp_path, caplog):
     )
     families.write_decoder(tmp_path / "llama", LLAMA, template=plain)
     build(tmp_path / "clip", tmp_path / "llama")
-    assert "train with assistant_only_loss: false" in caplog.text
+    assert "assistant_only_loss is off for this model" in caplog.text
 
 
 def test_dinov3s_positions_do_not_move_in_training(tmp_path):

@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import torch
+from chat_templates import FAMILIES, LLAVA_HF
 from safetensors.torch import load_file, save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, pipeline
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -178,3 +179,47 @@ def test_the_pipeline_gives_the_same_for_an_image_and_its_groups(processor, chat
     image = scene(14, 14)
     one, two = ask([image]), ask(groups_of(processor.image_processor, image))
     assert one["generated_text"][-1] == two["generated_text"][-1]
+
+
+def write_with_template(folder, template, tokens=()):
+    model, processor = llava_parts(340)
+    processor.tokenizer.add_tokens(list(tokens), special_tokens=True)
+    processor.chat_template = template
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def prompt_of(processor, images=1):
+    content = [{"type": "image"}] * images + [{"type": "text", "text": "what?"}]
+    chat = [{"role": "user", "content": content}]
+    return processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+
+
+def test_the_checkpoints_chat_template_is_kept(tmp_path):
+    source, tokens, _, _ = FAMILIES["llama 3"]
+    write_with_template(tmp_path / "llava", source, tokens)
+    _, processor = convert(tmp_path / "llava")
+    assert prompt_of(processor, 2).endswith(
+        "<|start_header_id|>user<|end_header_id|>\n\n<image><image>\nwhat?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    _, processor = convert(tmp_path / "llava", system_prompt="Be brief.")
+    assert "December 2023\n\nBe brief.<|eot_id|>" in prompt_of(processor)
+    _, processor = convert(tmp_path / "llava", template=FAMILIES["mistral"][0])
+    assert prompt_of(processor) == "<s>[INST] <image>\nwhat? [/INST]"
+
+
+def test_llavas_own_template_gets_the_system_prompt_it_was_trained_with(tmp_path):
+    write_with_template(tmp_path / "llava", LLAVA_HF)
+    _, processor = convert(tmp_path / "llava")
+    assert prompt_of(processor).startswith(
+        "<s>A chat between a curious user"
+    ) and "USER: <image>\nwhat? ASSISTANT:" in prompt_of(processor)
+
+
+def test_a_template_without_marks_is_named(tmp_path, caplog):
+    write_with_template(
+        tmp_path / "llava", "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    )
+    convert(tmp_path / "llava")
+    assert "assistant_only_loss is off" in caplog.text
