@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from backdrop.modeling.configuration_backdrop import BackdropConfig, tower_prefix_tokens
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
-from backdrop.processing.detector_backdrop import ObjectDetector
+from backdrop.processing.detector_choice_backdrop import load_detector
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
@@ -88,7 +88,7 @@ def build(
     template = new_template(source_template, tokenizer)
     processor = complete(model, tokenizer, image_processor, template=template, separators=separators)
     if detector is not None:
-        processor.image_processor.set_detector(ObjectDetector.from_name_or_path(detector))
+        processor.image_processor.set_detector(load_detector(detector))
     return model, processor
 
 

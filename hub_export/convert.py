@@ -17,7 +17,7 @@ from transformers.processing_utils import ImagesKwargs, ProcessorMixin
 
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
-from backdrop.processing.detector_backdrop import ObjectDetector
+from backdrop.processing.detector_choice_backdrop import load_detector
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
@@ -66,7 +66,7 @@ def convert(
         tower: vision tower, instead of the one that a checkpoint of the original layout names.
         separators: add the four separator tokens, started from the mean of the words that describe them.
         num_prefusion_layers, prefusion_rotary, separate_vision_towers, separate_projectors: see `extend_model`.
-        detector: name or path of an ultralytics model whose weights the folder will hold; None: no detector.
+        detector: see `load_detector`; the folder will hold its weights. None: no detector.
         template: Jinja text of a chat template to use in place of the source's own; see `keep_template`.
         system_prompt: the system message of conversations without one; None: that of the template.
         hub_kwargs: `revision`, `token`, `cache_dir`, ...
@@ -102,7 +102,7 @@ def convert(
         separate_projectors=separate_projectors,
     )
     if detector is not None:
-        processor.image_processor.set_detector(ObjectDetector.from_name_or_path(detector))
+        processor.image_processor.set_detector(load_detector(detector))
     return model, processor
 
 

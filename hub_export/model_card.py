@@ -118,15 +118,24 @@ segmentation model takes its place with the image processor's option `detector`,
 processor.image_processor.detector = "yolo26n-seg.pt"
 ```"""
 
+_TRANSFORMERS_DETECTOR = """\
+`detector.safetensors` holds an object detector of transformers ({source}); nothing else is needed to run it. Another
+one takes its place with the image processor's option `detector`, a Hub id or a path:
+
+```python
+processor.image_processor.detector = "PekingU/rtdetr_v2_r18vd"
+```"""
+
 _NO_DETECTOR = """\
-This repository holds no detector weights. Splitting an ordinary image needs `ultralytics` and the image processor's
-option `detector`, the name or path of a detection or segmentation model:
+This repository holds no detector weights. Splitting an ordinary image needs the image processor's option `detector`: the
+name or path of a detection or segmentation model of `ultralytics`, or of an object detector of transformers.
 
 ```python
 processor.image_processor.detector = "yolo26n-seg.pt"
 ```"""
 
 _OWN_DETECTOR_LICENCE = "- Detector (`detector.safetensors`, `detector.json`): AGPL-3.0, see `NOTICE`."
+_TRANSFORMERS_DETECTOR_LICENCE = "- Detector (`detector.safetensors`, `detector.json`): {licence}."
 _NO_DETECTOR_LICENCE = "- ultralytics, and the detectors made with it, are AGPL-3.0."
 
 
@@ -137,6 +146,7 @@ def model_card(
     licence: str = "apache-2.0",
     detector: str | None = None,
     notes: str = "",
+    detector_licence: str | None = None,
 ) -> str:
     """README.md of an exported folder.
 
@@ -147,29 +157,37 @@ def model_card(
         licence: of the weights, as the Hub spells licences.
         detector: the checkpoint that the included detector weights came from; None: none are included.
         notes: Markdown for the end: training data, figures.
+        detector_licence: of the included detector, if it is one of transformers; None: it is one of ultralytics.
     """
     tower = tower_config(config)
+    own, own_licence = _NO_DETECTOR, _NO_DETECTOR_LICENCE
+    if detector and detector_licence:
+        own = _TRANSFORMERS_DETECTOR.format(source=detector)
+        own_licence = _TRANSFORMERS_DETECTOR_LICENCE.format(licence=detector_licence)
+    elif detector:
+        own, own_licence = _OWN_DETECTOR.format(source=detector), _OWN_DETECTOR_LICENCE
     return _CARD.format(
-        front_matter=_front_matter(base_model, licence, detector),
+        front_matter=_front_matter(base_model, licence, None if detector_licence else detector),
         name=name,
         placeholder=REPO_PLACEHOLDER,
         side=tower.image_size,
         patch=tower.patch_size,
         layout=_LAYOUT if config.separator_token_ids is None else _LAYOUT_WITH_SEPARATORS,
         facts="\n".join(f"- {fact}" for fact in _facts(config, base_model)),
-        detector=_OWN_DETECTOR.format(source=detector) if detector else _NO_DETECTOR,
+        detector=own,
         licence=licence,
         of_base=f"; the terms of {base_model} apply too." if base_model else ".",
-        detector_licence=_OWN_DETECTOR_LICENCE if detector else _NO_DETECTOR_LICENCE,
+        detector_licence=own_licence,
         notes=f"\n## Notes\n\n{notes.strip()}\n" if notes.strip() else "",
     )
 
 
-def licence_text(licence: str, detector: str | None = None) -> str:
-    """LICENSE: what each part of the folder is under."""
+def licence_text(licence: str, detector: str | None = None, detector_licence: str | None = None) -> str:
+    """LICENSE: what each part of the folder is under; see `model_card`."""
     parts = [_APACHE, f"The model weights (model*.safetensors): {licence}.\n"]
     if detector is not None:
-        parts.append("The detector (detector.safetensors, detector.json): AGPL-3.0, see NOTICE.\n")
+        terms = detector_licence or "AGPL-3.0, see NOTICE"
+        parts.append(f"The detector (detector.safetensors, detector.json): {terms}.\n")
     return "\n".join(parts)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers.utils import cached_file
 
-from .detector_backdrop import ObjectDetector
+from .detector_choice_backdrop import Detector, load_detector, load_saved_detector
 from .detector_files_backdrop import DETECTOR_FILES, copy_detector
 
 _HUB_ARGUMENTS = (
@@ -28,7 +28,7 @@ class DetectorSource:
 
     def __init__(self, folder: str | None = None):
         self._folder = folder
-        self._loaded: ObjectDetector | None = None
+        self._loaded: Detector | None = None
         self._loaded_for: tuple | None = None  # name, device and folder of the loaded one
         self._lock = threading.Lock()
 
@@ -38,35 +38,36 @@ class DetectorSource:
         return self._folder
 
     @property
-    def loaded(self) -> ObjectDetector | None:
+    def loaded(self) -> Detector | None:
         """The detector in memory, None before the first `load`."""
         return self._loaded
 
-    def load(self, name: str | None, device: str) -> ObjectDetector:
+    def load(self, name: str | None, device: str) -> Detector:
         """The detector of a name or path, or, without one, of the model's own folder; loaded unless it is in memory.
 
         Raises:
-            ValueError: there is neither, or it cannot be used; see `ObjectDetector`.
+            ValueError: there is neither, or it cannot be used.
             OSError: it cannot be downloaded, or a file of the folder has gone.
-            ImportError: ultralytics is not installed.
+            ImportError: the package that it needs (ultralytics) is not installed.
         """
         wanted = (name, device, self._folder)
         with self._lock:
             if self._loaded is None or self._loaded_for != wanted:
                 if name is not None:
-                    self._loaded = ObjectDetector.from_name_or_path(name, device=device)
+                    self._loaded = load_detector(name, device)
                 elif self._folder is not None:
-                    self._loaded = ObjectDetector.from_folder(self._folder, device=device)
+                    self._loaded = load_saved_detector(self._folder, device)
                 else:
                     raise ValueError(
                         "An RGB image must be split, but the processor has no detector: the model's folder holds no "
                         f"{DETECTOR_FILES[0]}. Set `detector` to the name or path of an ultralytics model "
-                        "(detector='yolov8n.pt'), pass split=False, or pass patch groups (RGBA)."
+                        "(detector='yolov8n.pt') or of an object detector of transformers "
+                        "(detector='PekingU/rtdetr_v2_r18vd'), pass split=False, or pass patch groups (RGBA)."
                     )
                 self._loaded_for = wanted
             return self._loaded
 
-    def use(self, detector: ObjectDetector, device: str) -> None:
+    def use(self, detector: Detector, device: str) -> None:
         """Uses this detector for images without a detector's name, in place of the folder's own.
 
         Args:
@@ -102,15 +103,14 @@ class DetectorSource:
         """Writes the weights of the detector that `load(name, ...)` gives, if they are at hand.
 
         Args:
-            name: as in `load`; the weights of a name that only ultralytics knows are not at hand.
+            name: as in `load`; the weights of a name that ultralytics or the Hub knows are not at hand.
             folder: where to.
 
         Returns:
             The names of the files that hold the weights in `folder`, [] where there are none.
         """
         if name is not None:
-            is_file = Path(name).is_file()
-            return ObjectDetector.from_name_or_path(name).save(folder) if is_file else []
+            return load_detector(name).save(folder) if Path(name).exists() else []
         if self._folder is not None:
             if Path(folder).resolve() != Path(self._folder).resolve():
                 copy_detector(self._folder, folder)

@@ -13,7 +13,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 
 from .background_matching_backdrop import BackgroundMatcher
 from .detections_backdrop import Detections
-from .detector_backdrop import ObjectDetector
+from .detector_choice_backdrop import Detector
 from .detector_source_backdrop import DetectorSource
 from .image_geometry_backdrop import ImageGeometry
 from .image_loading_backdrop import load_image, rgb_picture, rgba_array, upright
@@ -262,7 +262,7 @@ class BackdropImageProcessor(PilBackend):
 
     # ---- detector
 
-    def load_detector(self, **options) -> ObjectDetector:
+    def load_detector(self, **options) -> Detector:
         """The detector that splits ordinary images, loaded now unless it is in memory.
 
         Args:
@@ -277,7 +277,7 @@ class BackdropImageProcessor(PilBackend):
         return self._live.detectors.load(options["detector"], options["detector_device"])
 
     @property
-    def loaded_detector(self) -> ObjectDetector | None:
+    def loaded_detector(self) -> Detector | None:
         """The detector in memory, None before one was needed."""
         return self._live.detectors.loaded
 
@@ -287,7 +287,7 @@ class BackdropImageProcessor(PilBackend):
         detectors = self._live.detectors
         return self.detector is not None or detectors.folder is not None or detectors.loaded is not None
 
-    def set_detector(self, detector: ObjectDetector) -> None:
+    def set_detector(self, detector: Detector) -> None:
         """Splits with this detector, and writes its weights when the processor is saved.
 
         Args:
@@ -334,7 +334,7 @@ class BackdropImageProcessor(PilBackend):
         """The options; never the detector in memory, references, or a path of this machine."""
         values = super().to_dict()
         values.pop("_live", None)
-        if values.get("detector") is not None and Path(values["detector"]).is_file():
+        if values.get("detector") is not None and Path(values["detector"]).exists():
             values["detector"] = None  # its weights are written beside the configuration
         return values
 

@@ -32,7 +32,10 @@ def convert(
         str | None, typer.Option(help="Vision tower instead of the one that an original checkpoint names.")
     ] = None,
     detector: Annotated[
-        str | None, typer.Option(help="Ultralytics model whose weights go into the folder.")
+        str | None,
+        typer.Option(
+            help="Detector whose weights go into the folder: ultralytics, or transformers (a Hub id)."
+        ),
     ] = None,
     separators: Annotated[bool, typer.Option(help="Wrap groups in separator tokens.")] = True,
     prefusion_layers: Annotated[int, typer.Option(help="Prefusion layers (they start as the identity).")] = 0,
@@ -97,7 +100,10 @@ def build(
         int, typer.Option(help="Which of the tower's hidden states the projector reads.")
     ] = -2,
     detector: Annotated[
-        str | None, typer.Option(help="Ultralytics model whose weights go into the folder.")
+        str | None,
+        typer.Option(
+            help="Detector whose weights go into the folder: ultralytics, or transformers (a Hub id)."
+        ),
     ] = None,
     separators: Annotated[bool, typer.Option(help="Wrap groups in separator tokens.")] = True,
     weights: Annotated[
