@@ -196,11 +196,19 @@ def merge_adapter(
             f"{str(source)!r} holds an adapter, and merging it needs peft: pip install peft."
         ) from error
     hub = {name: hub_kwargs[name] for name in ("revision", "token", "cache_dir") if name in hub_kwargs}
-    adapted = PeftModel.from_pretrained(model, str(source), **hub)
-    placed = get_peft_model_state_dict(adapted).keys()
-    stored = read_tensors(source, r".*", hub, ("adapter_model.safetensors", "adapter_model.bin")).keys()
-    check_names(f"the adapter {str(source)!r}", placed - stored, stored - placed)
+    # Until transformers 5 a tower was one module deeper, and adapters of towers are from then.
+    deeper = {} if hasattr(model, "vision_model") else {r"^vision_model\.": ""}
+    adapted = PeftModel.from_pretrained(model, str(source), key_mapping=deeper or None, **hub)
+    stored = read_tensors(source, r".*", hub, ("adapter_model.safetensors", "adapter_model.bin"))
+    names, placed = (
+        {_undeepened(name) for name in each} for each in (stored, get_peft_model_state_dict(adapted))
+    )
+    check_names(f"the adapter {str(source)!r}", placed - names, names - placed)
     return adapted.merge_and_unload()
+
+
+def _undeepened(name: str) -> str:
+    return name.replace("base_model.model.vision_model.", "base_model.model.", 1)
 
 
 def _bare(name: str) -> str:

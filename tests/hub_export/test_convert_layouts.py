@@ -231,6 +231,36 @@ def test_xtuners_parts_that_lie_elsewhere(tmp_path):
     assert_same(llava, *convert(adapters, base=base, separators=False))
 
 
+def test_a_tower_that_xtuner_trained_with_lora(tmp_path):
+    """The adapter's names are from before transformers 5, when towers were one module deeper."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import CLIPVisionModel
+
+    llava = layouts.llava()
+    tower = layouts.write_tower(tmp_path / "clip", llava)
+    source = layouts.write_xtuner(tmp_path / "xtuner", llava)
+    folder = source / "visual_encoder_adapter"
+    names = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+    adapted = get_peft_model(
+        CLIPVisionModel.from_pretrained(source / "visual_encoder"),
+        LoraConfig(r=4, lora_alpha=8, target_modules=names),
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(folder)
+    path = folder / "adapter_model.safetensors"
+    start = "base_model.model."
+    state = {
+        f"{start}vision_model.{name.removeprefix(start).removeprefix('vision_model.')}": value
+        for name, value in load_file(path).items()
+    }
+    save_file(state, path)
+    llava.model.vision_tower.load_state_dict(adapted.merge_and_unload().state_dict())
+    (source / "visual_encoder" / "config.json").unlink()
+    assert_same(llava, *convert(source, tower=tower, separators=False))
+
+
 @pytest.mark.parametrize(
     ("text", "tower"), [("llama", "clip"), ("mistral", "clip"), ("phi3", "clip"), ("qwen2", "siglip")]
 )
