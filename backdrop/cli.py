@@ -56,6 +56,7 @@ app.command("ask", rich_help_panel=USE, **pictures.ASK_EXAMPLE)(pictures.ask)
 app.command("watch", rich_help_panel=USE, **watch.EXAMPLE)(watch.watch)
 
 app.command("convert", rich_help_panel=TRAIN, **hub.CONVERT_EXAMPLE)(hub.convert)
+app.command("build", rich_help_panel=TRAIN, **hub.BUILD_EXAMPLE)(hub.build)
 app.command("data", rich_help_panel=TRAIN, **train.DATA_EXAMPLE)(train.data)
 app.command(
     "train",

@@ -1,4 +1,4 @@
-"""LLaVA checkpoints to Backdrop: names mapped, nothing missing, nothing left over, nothing random."""
+"""LLaVA checkpoints of every layout to Backdrop: names mapped, nothing missing, nothing left over, nothing random."""
 
 import logging
 from pathlib import Path
@@ -10,13 +10,14 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     LlavaConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.processing_utils import ImagesKwargs, ProcessorMixin
 
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
-from backdrop.processing.detector_backdrop import ObjectDetector
+from backdrop.processing.detector_choice_backdrop import load_detector
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
@@ -24,8 +25,12 @@ from .chat_template import VICUNA_SYSTEM_PROMPT, chat_template
 from .checkpoint import tower_config
 from .extend import extend_model
 from .model_folder import check_not_quantised
+from .original_llava import is_original, load_original
+from .parts import LlavaParts, join
 from .source_template import is_vicuna, keep_template
 from .tokens import prepare_tokens
+from .weights import of_other_repositories
+from .xtuner import is_xtuner, load_xtuner
 
 logger = logging.getLogger(__name__)
 # LLaVA's parameter names, in the layout before transformers 4.52 and in the ones since.
@@ -42,6 +47,8 @@ KEY_MAPPING = {
 def convert(
     source: str | Path,
     *,
+    base: str | Path | None = None,
+    tower: str | Path | None = None,
     separators: bool = True,
     num_prefusion_layers: int = 0,
     prefusion_rotary: bool = True,
@@ -53,13 +60,15 @@ def convert(
     system_prompt: str | None = None,
     **hub_kwargs: Any,
 ) -> tuple[BackdropForConditionalGeneration, BackdropProcessor]:
-    """Backdrop model and processor from a `LlavaForConditionalGeneration` folder or Hub id.
+    """Backdrop model and processor from a LLaVA: transformers' (`LlavaForConditionalGeneration`), the original's, XTuner's.
 
     Args:
-        source: safetensors in any number of shards, old or new key layout; one copy of the weights is held.
+        source: folder or Hub id, in any number of shards and any key layout; one copy of the weights is held.
+        base: the language model that an adapter or a lone projector of the original layout was trained on.
+        tower: vision tower, instead of the one that a checkpoint of the original layout names.
         separators: add the four separator tokens, started from the mean of the words that describe them.
         num_prefusion_layers, prefusion_rotary, separate_vision_towers, separate_projectors: see `extend_model`.
-        detector: name or path of an ultralytics model whose weights the folder will hold; None: no detector.
+        detector: see `load_detector`; the folder will hold its weights. None: no detector.
         fit: what becomes of images that are not square, "crop", "pad" or "stretch"; None: what the checkpoint does.
         template: Jinja text of a chat template to use in place of the source's own; see `keep_template`.
         system_prompt: the system message of conversations without one; None: that of the template.
@@ -68,6 +77,43 @@ def convert(
     Raises:
         ValueError: not a fixed-resolution LLaVA, weights missing or left over (named), or a chat template that cannot be used.
     """
+    parts = None
+    if is_xtuner(source, hub_kwargs):
+        parts = load_xtuner(source, base, tower, hub_kwargs)
+    elif is_original(values := PreTrainedConfig.get_config_dict(source, **hub_kwargs)[0]):
+        parts = load_original(source, values, base, tower, hub_kwargs)
+    elif base is not None or tower is not None:
+        raise ValueError(
+            f"{str(source)!r} is of model type {values.get('model_type')!r}; base and tower are for checkpoints of the "
+            "original LLaVA's layout or XTuner's."
+        )
+    if parts is None:
+        model, tokenizer, image_processor = _from_transformers(source, hub_kwargs)
+    else:
+        model, tokenizer, image_processor = _from_parts(parts, hub_kwargs)
+    if template is None:
+        template = _source_template(source, tokenizer, hub_kwargs)
+    processor = complete(
+        model,
+        tokenizer,
+        image_processor,
+        template=new_template(template, tokenizer, system_prompt),
+        separators=separators,
+        num_prefusion_layers=num_prefusion_layers,
+        prefusion_rotary=prefusion_rotary,
+        separate_vision_towers=separate_vision_towers,
+        separate_projectors=separate_projectors,
+    )
+    if fit is not None:
+        processor.image_processor.fit = fit
+    if detector is not None:
+        processor.image_processor.set_detector(load_detector(detector))
+    return model, processor
+
+
+def _from_transformers(
+    source: str | Path, hub_kwargs: dict[str, Any]
+) -> tuple[BackdropForConditionalGeneration, PreTrainedTokenizerBase, BackdropImageProcessor]:
     source_config = AutoConfig.from_pretrained(source, **hub_kwargs)
     if source_config.model_type != "llava":
         raise ValueError(
@@ -81,24 +127,22 @@ def convert(
     )
     model.generation_config = _generation_config(source, model, hub_kwargs)
     tokenizer = AutoTokenizer.from_pretrained(source, **hub_kwargs)
-    if template is None:
-        template = _source_template(source, tokenizer, hub_kwargs)
-    processor = complete(
-        model,
-        tokenizer,
-        _image_processor(source, config, hub_kwargs),
-        template=new_template(template, tokenizer, system_prompt),
-        separators=separators,
-        num_prefusion_layers=num_prefusion_layers,
-        prefusion_rotary=prefusion_rotary,
-        separate_vision_towers=separate_vision_towers,
-        separate_projectors=separate_projectors,
+    return model, tokenizer, image_processor_of(source, config, hub_kwargs)
+
+
+def _from_parts(
+    parts: LlavaParts, hub_kwargs: dict[str, Any]
+) -> tuple[BackdropForConditionalGeneration, PreTrainedTokenizerBase, BackdropImageProcessor]:
+    model = join(
+        parts.tower,
+        parts.language_model,
+        parts.projector,
+        vision_feature_layer=parts.layer,
+        vision_feature_select_strategy=parts.strategy,
     )
-    if fit is not None:
-        processor.image_processor.fit = fit
-    if detector is not None:
-        processor.image_processor.set_detector(ObjectDetector.from_name_or_path(detector))
-    return model, processor
+    hub = of_other_repositories(hub_kwargs)
+    image_processor = image_processor_of(parts.tower_source, model.config, hub, do_pad=parts.pad)
+    return model, parts.tokenizer, image_processor
 
 
 def complete(
@@ -165,6 +209,11 @@ def _source_template(
 
 
 def _backdrop_config(llava: LlavaConfig) -> BackdropConfig:
+    if getattr(llava.vision_config, "num_register_tokens", 0):
+        raise ValueError(
+            f"vision_config.num_register_tokens is {llava.vision_config.num_register_tokens}: LLaVA gives registers to its "
+            "language model as if they were patches; wanted a tower without them."
+        )
     return BackdropConfig(
         vision_config=llava.vision_config,
         text_config=llava.text_config,
@@ -186,18 +235,21 @@ def _generation_config(
         return GenerationConfig.from_model_config(model.config)
 
 
-def _image_processor(
-    source: str | Path, config: BackdropConfig, hub_kwargs: dict[str, Any]
+def image_processor_of(
+    source: str | Path, config: BackdropConfig, hub_kwargs: dict[str, Any], **changes: Any
 ) -> BackdropImageProcessor:
-    """LLaVA's own image steps, read from its processor's attributes, so that class defaults count too."""
-    found = AutoImageProcessor.from_pretrained(source, backend="pil", **hub_kwargs)
-    names = [
-        name for name in ImagesKwargs.__annotations__ if name in vars(found) and name != "input_data_format"
-    ]
-    options = {name: getattr(found, name) for name in names}
-    # None means "no" in transformers' classes; here it would mean our default.
-    for name in ("do_resize", "do_center_crop", "do_pad", "do_rescale", "do_normalize"):
-        options[name] = bool(options.get(name))
+    """The image processor of a checkpoint's own image steps.
+
+    Args:
+        source: folder or Hub id.
+        config: of the model whose tower takes the images.
+        hub_kwargs: `revision`, `token`, ...
+        changes: of the checkpoint's own options.
+
+    Raises:
+        ValueError: they end in another size than the tower takes.
+    """
+    options = image_options(source, hub_kwargs) | changes
     tower = tower_config(config)
     processor = BackdropImageProcessor(patch_size=tower.patch_size, **options)
     side = processor.image_side
@@ -207,3 +259,19 @@ def _image_processor(
             f"{tower.image_size} x {tower.image_size}; wanted one fixed resolution."
         )
     return processor
+
+
+def image_options(source: str | Path, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's own image steps, read from its processor's attributes, so that class defaults count too."""
+    try:
+        found = AutoImageProcessor.from_pretrained(source, backend="pil", **hub_kwargs)
+    except ValueError:  # DINOv3's has no such backend; its options are the same
+        found = AutoImageProcessor.from_pretrained(source, **hub_kwargs)
+    names = [
+        name for name in ImagesKwargs.__annotations__ if name in vars(found) and name != "input_data_format"
+    ]
+    options = {name: getattr(found, name) for name in names}
+    # None means "no" in transformers' classes; here it would mean our default.
+    for name in ("do_resize", "do_center_crop", "do_pad", "do_rescale", "do_normalize"):
+        options[name] = bool(options.get(name))
+    return options

@@ -21,7 +21,8 @@ import backdrop.modeling
 import backdrop.processing
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration, BackdropModel
-from backdrop.processing.detector_files_backdrop import DESCRIPTION_NAME, DETECTOR_FILES
+from backdrop.processing.detector_choice_backdrop import is_hub_id
+from backdrop.processing.detector_files_backdrop import DESCRIPTION_NAME, DETECTOR_FILES, TRANSFORMERS
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
@@ -237,7 +238,7 @@ def folder_texts(
     Args:
         about: `language`, `figures` and `questions` of `model_card`. Else as `export`.
     """
-    detector = _detector_source(folder)
+    detector, detector_licence = _detector_source(folder)
     images = BackdropImageProcessor.from_pretrained(folder)
     texts = {
         "README.md": model_card(
@@ -247,14 +248,15 @@ def folder_texts(
             licence,
             detector,
             notes,
+            detector_licence=detector_licence,
             fit=images.fit,
             own_padding=images.own_padding,
             **about,
         ),
-        "LICENSE": licence_text(licence, detector),
-        "requirements.txt": _requirements(),
+        "LICENSE": licence_text(licence, detector, detector_licence),
+        "requirements.txt": _requirements(ultralytics=detector_licence is None),
     }
-    if detector is not None:
+    if detector is not None and detector_licence is None:
         texts["NOTICE"] = notice_text(detector)
     return texts
 
@@ -286,29 +288,33 @@ def _auto_map(classes: Mapping[str, type]) -> dict[str, str]:
     return {auto: f"{cls.__module__.rpartition('.')[-1]}.{cls.__name__}" for auto, cls in classes.items()}
 
 
-def _detector_source(folder: Path) -> str | None:
-    """The checkpoint that the folder's detector weights came from, None without any."""
+def _detector_source(folder: Path) -> tuple[str | None, str | None]:
+    """The checkpoint that the folder's detector weights came from, and their licence if transformers runs them.
+
+    None for what there is not.
+    """
     name = _read_json(folder / "processor_config.json")["image_processor"].get("detector")
-    if name is not None and Path(name).name != name:
+    if name is not None and Path(name).name != name and not is_hub_id(name):
         raise ValueError(
-            f"The processor's detector is {name!r}, which is no file here; wanted a file, or a name that ultralytics "
-            "knows everywhere."
+            f"The processor's detector is {name!r}, which is no file here; wanted a file, or a name that ultralytics or the "
+            "Hub knows everywhere."
         )
     if not all((folder / file).is_file() for file in DETECTOR_FILES):
-        return None
-    return _read_json(folder / DESCRIPTION_NAME)["source"]
+        return None, None
+    description = _read_json(folder / DESCRIPTION_NAME)
+    licence = description["license"] if description.get("kind") == TRANSFORMERS else None
+    return description["source"], licence
 
 
-def _requirements() -> str:
-    """What loading needs, and what splitting needs, with the bounds of the installed package."""
+def _requirements(ultralytics: bool) -> str:
+    """What loading needs, and what splitting with ultralytics needs, with the bounds of the installed package."""
     declared = [Requirement(line) for line in metadata.requires("backdrop-vlm") or ()]
     loading = [item for item in declared if item.marker is None and item.name in LOADING_REQUIREMENTS]
     splitting = [item for item in declared if item.name == "ultralytics" and '"detector"' in str(item.marker)]
-    lines = [
-        *(f"{item.name}{item.specifier}" for item in loading),
-        "# Only to split ordinary images into background and objects (AGPL-3.0):",
-        *(f"{item.name}{item.specifier}" for item in splitting),
-    ]
+    lines = [f"{item.name}{item.specifier}" for item in loading]
+    if ultralytics:
+        lines.append("# Only to split ordinary images into background and objects (AGPL-3.0):")
+        lines += [f"{item.name}{item.specifier}" for item in splitting]
     return "\n".join(lines) + "\n"
 
 

@@ -16,7 +16,13 @@ from .checkpoint import tower_config
 # Where the snippets name the repository; `push` puts the real name in its place.
 REPO_PLACEHOLDER = "OWNER/NAME"
 AGPL_URL = "https://www.gnu.org/licenses/agpl-3.0.html"
-TOWER_NAMES = {"clip_vision_model": "CLIP", "siglip_vision_model": "SigLIP", "dinov2": "DINOv2"}
+TOWER_NAMES = {
+    "clip_vision_model": "CLIP",
+    "siglip_vision_model": "SigLIP",
+    "dinov2": "DINOv2",
+    "dinov2_with_registers": "DINOv2 with registers",
+    "dinov3_vit": "DINOv3 ViT",
+}
 
 
 @dataclass(frozen=True)
@@ -158,15 +164,24 @@ segmentation model takes its place with the image processor's option `detector`,
 processor.image_processor.detector = "yolo26n-seg.pt"
 ```"""
 
+_TRANSFORMERS_DETECTOR = """\
+`detector.safetensors` holds an object detector of transformers ({source}); nothing else is needed to run it. Another
+one takes its place with the image processor's option `detector`, a Hub id or a path:
+
+```python
+processor.image_processor.detector = "PekingU/rtdetr_v2_r18vd"
+```"""
+
 _NO_DETECTOR = """\
-This repository holds no detector weights. Splitting an ordinary image needs `ultralytics` and the image processor's
-option `detector`, the name or path of a detection or segmentation model:
+This repository holds no detector weights. Splitting an ordinary image needs the image processor's option `detector`: the
+name or path of a detection or segmentation model of `ultralytics`, or of an object detector of transformers.
 
 ```python
 processor.image_processor.detector = "yolo26n-seg.pt"
 ```"""
 
 _OWN_DETECTOR_LICENCE = "- Detector (`detector.safetensors`, `detector.json`): AGPL-3.0, see `NOTICE`."
+_TRANSFORMERS_DETECTOR_LICENCE = "- Detector (`detector.safetensors`, `detector.json`): {licence}."
 _NO_DETECTOR_LICENCE = "- ultralytics, and the detectors made with it, are AGPL-3.0."
 
 
@@ -182,6 +197,7 @@ def model_card(
     language: Sequence[str] = (),
     figures: Sequence[Figure] = (),
     questions: Sequence[str] = (),
+    detector_licence: str | None = None,
 ) -> str:
     """README.md of an exported folder.
 
@@ -196,20 +212,27 @@ def model_card(
         language: codes of the languages that the model answers in, such as "en".
         figures: measured ones.
         questions: about the picture `SAMPLE` of the folder, which the model answers rightly; (): there is no picture.
+        detector_licence: of the included detector, if it is one of transformers; None: it is one of ultralytics.
     """
     tower = tower_config(config)
+    own, own_licence = _NO_DETECTOR, _NO_DETECTOR_LICENCE
+    if detector and detector_licence:
+        own = _TRANSFORMERS_DETECTOR.format(source=detector)
+        own_licence = _TRANSFORMERS_DETECTOR_LICENCE.format(licence=detector_licence)
+    elif detector:
+        own, own_licence = _OWN_DETECTOR.format(source=detector), _OWN_DETECTOR_LICENCE
     return _CARD.format(
-        front_matter=_front_matter(name, base_model, licence, detector, language, figures, questions),
+        front_matter=_front_matter(name, base_model, licence, None if detector_licence else detector, language, figures, questions),
         name=name,
         placeholder=REPO_PLACEHOLDER,
         side=tower.image_size,
         patch=tower.patch_size,
         layout=_LAYOUT if config.separator_token_ids is None else _LAYOUT_WITH_SEPARATORS,
         facts="\n".join(f"- {fact}" for fact in _facts(config, base_model, _FITS[fit][own_padding])),
-        detector=_OWN_DETECTOR.format(source=detector) if detector else _NO_DETECTOR,
+        detector=own,
         licence=licence,
         of_base=f"; the terms of {base_model} apply too." if base_model else ".",
-        detector_licence=_OWN_DETECTOR_LICENCE if detector else _NO_DETECTOR_LICENCE,
+        detector_licence=own_licence,
         sample=_SAMPLE_SECTION.format(
             picture=SAMPLE, questions="\n".join(f"- {question}" for question in questions)
         )
@@ -219,11 +242,12 @@ def model_card(
     )
 
 
-def licence_text(licence: str, detector: str | None = None) -> str:
-    """LICENSE: what each part of the folder is under."""
+def licence_text(licence: str, detector: str | None = None, detector_licence: str | None = None) -> str:
+    """LICENSE: what each part of the folder is under; see `model_card`."""
     parts = [_APACHE, f"The model weights (model*.safetensors): {licence}.\n"]
     if detector is not None:
-        parts.append("The detector (detector.safetensors, detector.json): AGPL-3.0, see NOTICE.\n")
+        terms = detector_licence or "AGPL-3.0, see NOTICE"
+        parts.append(f"The detector (detector.safetensors, detector.json): {terms}.\n")
     return "\n".join(parts)
 
 

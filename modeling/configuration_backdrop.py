@@ -8,8 +8,14 @@ from .model_code_backdrop import save_model_code
 
 # The two group kinds, the values of `group_kind`.
 BACKGROUND, OBJECT = 0, 1
-# Tokens that a tower puts before its patch tokens (CLS), by the tower's `model_type`.
-TOWER_PREFIX_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1}
+# CLS tokens that a tower puts before its patch tokens, by the tower's `model_type`; registers come on top.
+TOWER_PREFIX_TOKENS = {
+    "clip_vision_model": 1,
+    "siglip_vision_model": 0,
+    "dinov2": 1,
+    "dinov2_with_registers": 1,
+    "dinov3_vit": 1,
+}
 # LLaVA-1.5 pads Llama's 32,000 embedding rows so that the placeholder fits.
 DEFAULT_TEXT = {"model_type": "llama", "vocab_size": 32064}
 
@@ -35,11 +41,11 @@ class BackdropConfig(PreTrainedConfig):
     The fields that LLaVA has too have LLaVA's names, so that a converted checkpoint reads the same.
 
     Fields:
-        vision_config, text_config: configurations of the tower (CLIP, SigLIP or DINOv2) and of the decoder.
+        vision_config, text_config: configurations of the tower (`TOWER_PREFIX_TOKENS`) and of the decoder.
         image_token_id: id of the `<image>` placeholder; each one is replaced by one patch token.
         separator_token_ids: ids of [BG_START], [BG_END], [OBJ_START], [OBJ_END]; None: no separators.
         vision_feature_layer: index into the tower's hidden states (0 = embeddings), or several to concatenate.
-        vision_feature_select_strategy: "default" drops the CLS token of each group, "full" keeps it.
+        vision_feature_select_strategy: "default" drops each group's CLS token (and registers), "full" keeps them.
         separate_vision_towers: object groups have a tower of their own (started as a copy).
         separate_projectors: object groups have a projector of their own (started as a copy).
         num_prefusion_layers: decoder layers before the language model, over image and text tokens.
@@ -161,7 +167,7 @@ class BackdropConfig(PreTrainedConfig):
         strategy = vision_feature_select_strategy or self.vision_feature_select_strategy
         if strategy not in ("default", "full"):
             raise ValueError(f"vision_feature_select_strategy is {strategy!r}; wanted 'default' or 'full'.")
-        if strategy == "default" and TOWER_PREFIX_TOKENS[tower] == 0:
+        if strategy == "default" and tower_prefix_tokens(self.vision_config) == 0:
             raise ValueError(
                 f"vision_feature_select_strategy='default' drops the CLS token, which {tower!r} does not have; "
                 "wanted 'full'."
@@ -174,7 +180,7 @@ class BackdropConfig(PreTrainedConfig):
                 f"vision_feature_layer is {list(layers)}; wanted {len(self.feature_layers)}, as many as the model's "
                 "projector takes."
             )
-        extra_tokens = TOWER_PREFIX_TOKENS[tower] if strategy == "full" else 0
+        extra_tokens = tower_prefix_tokens(self.vision_config) if strategy == "full" else 0
         if self.raster_order and extra_tokens:
             raise ValueError(
                 "raster_order is True, but the CLS token, which has no place in the grid, is kept; wanted "
@@ -206,6 +212,15 @@ class BackdropConfig(PreTrainedConfig):
     def extra_tokens_per_group(self) -> int:
         """Tokens that a group yields beyond its patches (the CLS token, when it is kept)."""
         return self.vision_features().extra_tokens
+
+
+def tower_prefix_tokens(vision_config: PreTrainedConfig) -> int:
+    """C: tokens that a tower puts before its patch tokens, CLS and registers; "default" drops them all.
+
+    Raises:
+        KeyError: groups cannot be encoded apart by a tower of this type.
+    """
+    return TOWER_PREFIX_TOKENS[vision_config.model_type] + getattr(vision_config, "num_register_tokens", 0)
 
 
 def _sub_config(value: dict | PreTrainedConfig | None, name: str, default_type: str) -> PreTrainedConfig:

@@ -1,4 +1,4 @@
-"""The YOLO detector that tells objects from background.
+"""A detector of ultralytics, YOLO or RT-DETR, that tells objects from background.
 
 A checkpoint (a pickle) is read once, by `ObjectDetector.from_name_or_path`. From there on a detector is its
 description (JSON) and its tensors, and is always built from these two, so a saved one is the same network.
@@ -30,14 +30,14 @@ _PAD_GREY = 114  # grey level that YOLO models are trained to see beyond the ima
 
 
 class ObjectDetector:
-    """A YOLO detection or segmentation model at the geometry of the vision tower.
+    """A YOLO detection or segmentation model, or an RT-DETR, at the geometry of the vision tower.
 
     Make one with `from_name_or_path` or `from_folder`. `detect` may be called from several threads.
 
     Attributes:
         names: Class names by class id.
         source: What it was made from, for display: `"yolov8n.pt"` or `"detector.safetensors (yolov8n.pt)"`.
-        task: `"detect"` or `"segment"`.
+        task: `"detect"`, `"segment"` or `"rtdetr"`.
         stride: Images are padded to a multiple of this many pixels.
         device: Where the model runs.
         weights: Its tensors by name, on the CPU, as `save` stores them.

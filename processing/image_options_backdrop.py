@@ -15,7 +15,8 @@ class BackdropImagesKwargs(ImagesKwargs, total=False):
     own_padding: False leaves patches of nothing but padding to no group; they cost no token and no computation.
     patch_size: patch side, pixels.
     split: False gives every ordinary image as one background group of all patches (plain LLaVA).
-    detector: name or path of an ultralytics model; None: the detector saved in the model's own folder.
+    detector: name or path of an ultralytics model or of an object detector of transformers; None: the detector saved in
+        the model's own folder.
     detector_device: where the detector runs.
     confidence: smallest confidence of a detection, 0-1.
     classes: class names or ids that count as objects; None: all.

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from .background_matching_backdrop import BackgroundMatcher
 from .call_arguments_backdrop import CONFIGURATION_FIELDS, LOADING_ARGUMENTS, refuse_arguments
 from .detections_backdrop import Detections
-from .detector_backdrop import ObjectDetector
+from .detector_choice_backdrop import Detector
 from .image_geometry_backdrop import FIT_STEPS, ImageGeometry, settle_fit
 from .image_loading_backdrop import load_image
 from .image_options_backdrop import BackdropImagesKwargs, check_options
@@ -336,7 +336,7 @@ class BackdropImageProcessor(PilBackend):
 
     # ---- detector
 
-    def load_detector(self, **options) -> ObjectDetector:
+    def load_detector(self, **options) -> Detector:
         """The detector that splits ordinary images, loaded now unless it is in memory.
 
         Args:
@@ -351,7 +351,7 @@ class BackdropImageProcessor(PilBackend):
         return self._live.detectors.load(options["detector"], options["detector_device"])
 
     @property
-    def loaded_detector(self) -> ObjectDetector | None:
+    def loaded_detector(self) -> Detector | None:
         """The detector in memory, None before one was needed."""
         return self._live.detectors.loaded
 
@@ -361,7 +361,7 @@ class BackdropImageProcessor(PilBackend):
         detectors = self._live.detectors
         return self.detector is not None or detectors.folder is not None or detectors.loaded is not None
 
-    def set_detector(self, detector: ObjectDetector) -> None:
+    def set_detector(self, detector: Detector) -> None:
         """Splits with this detector, and writes its weights when the processor is saved.
 
         Args:
@@ -430,7 +430,7 @@ class BackdropImageProcessor(PilBackend):
         """The options; never the detector in memory, references, or a path of this machine."""
         values = super().to_dict()
         values.pop("_live", None)
-        if values.get("detector") is not None and Path(values["detector"]).is_file():
+        if values.get("detector") is not None and Path(values["detector"]).exists():
             values["detector"] = None  # its weights are written beside the configuration
         return values
 

@@ -18,7 +18,7 @@ from backdrop.hub_export.source_template import is_vicuna, with_image_position
 from backdrop.hub_export.tokens import prepare_tokens
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 from backdrop.modeling.modeling_backdrop import BackdropForConditionalGeneration
-from backdrop.processing.detector_backdrop import ObjectDetector
+from backdrop.processing.detector_choice_backdrop import load_detector
 from backdrop.processing.processing_backdrop import BackdropProcessor
 
 SEPARATORS = ("keep", "meaning", "random", "none")
@@ -59,7 +59,10 @@ class ModelArguments:
         default=None, metadata={"help": "Patches by which the object region grows when an image is split."}
     )
     detector: str | None = field(
-        default=None, metadata={"help": "Name or path of an ultralytics model that replaces the detector."}
+        default=None,
+        metadata={
+            "help": "Name or path of a detector (ultralytics or transformers) that replaces the model's."
+        },
     )
     background_first: bool | None = field(
         default=None, metadata={"help": "False: the object group before the background (for ablations)."}
@@ -205,7 +208,7 @@ def _set_up(processor: BackdropProcessor, arguments: ModelArguments) -> None:
         if getattr(arguments, name) is not None:
             setattr(images, name, getattr(arguments, name))
     if arguments.detector is not None:
-        images.set_detector(ObjectDetector.from_name_or_path(arguments.detector))
+        images.set_detector(load_detector(arguments.detector))
     if arguments.separators == "none":
         processor.use_separators, processor.separator_token_ids = False, None
     elif arguments.separators != "keep":

@@ -23,7 +23,10 @@ Model = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option(help="New folder for the result.")]
-Detector = Annotated[str | None, typer.Option(help="Another detector: name or path of an ultralytics model.")]
+Detector = Annotated[
+    str | None,
+    typer.Option(help="Another detector: an ultralytics model, or one of transformers (a Hub id)."),
+]
 DetectorDevice = Annotated[str | None, typer.Option(help="Where the detector runs, such as cuda.")]
 Workers = Annotated[int | None, typer.Option(help="Processes. Default: one for each CPU core.")]
 ShardRows = Annotated[int, typer.Option(help="Source rows that are lost, at most, when the run is stopped.")]

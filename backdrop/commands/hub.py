@@ -7,9 +7,13 @@ from typing import Annotated
 
 import typer
 
-from .options import Fit, Json, Licence, examples
+from .options import Fit, Json, Licence, Seed, examples
 
 CONVERT_EXAMPLE = examples("backdrop convert llava-hf/llava-1.5-7b-hf runs/start --detector yolov8n.pt")
+BUILD_EXAMPLE = examples(
+    """backdrop build --vision google/siglip2-base-patch16-384 \\
+    --language Qwen/Qwen3-1.7B runs/small --detector yolo11n.pt"""
+)
 EXPORT_EXAMPLE = examples("backdrop export examples/scenes-model runs/my-model --licence apache-2.0")
 PUSH_EXAMPLE = examples(
     "backdrop export examples/scenes-model runs/my-model --licence apache-2.0",
@@ -20,8 +24,18 @@ PUSH_EXAMPLE = examples(
 def convert(
     source: Annotated[str, typer.Argument(help="LLaVA checkpoint: a folder or a Hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder to write: a complete Hub folder.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Language model that an original LoRA or projector checkpoint was trained on."),
+    ] = None,
+    tower: Annotated[
+        str | None, typer.Option(help="Vision tower instead of the one that an original checkpoint names.")
+    ] = None,
     detector: Annotated[
-        str | None, typer.Option(help="Ultralytics model whose weights go into the folder.")
+        str | None,
+        typer.Option(
+            help="Detector whose weights go into the folder: ultralytics, or transformers (a Hub id)."
+        ),
     ] = None,
     separators: Annotated[bool, typer.Option(help="Wrap groups in separator tokens.")] = True,
     prefusion_layers: Annotated[int, typer.Option(help="Prefusion layers (they start as the identity).")] = 0,
@@ -47,6 +61,8 @@ def convert(
     hub = {"revision": revision} if revision else {}
     model, processor = convert_llava(
         source,
+        base=base,
+        tower=tower,
         separators=separators,
         num_prefusion_layers=prefusion_layers,
         prefusion_rotary=prefusion_rotary,
@@ -60,6 +76,65 @@ def convert(
     )
     base = source if not os.path.isdir(source) else None
     files = export_folder(model, processor, out, base_model=base, licence=licence)
+    if json_output:
+        typer.echo(
+            json.dumps({"folder": str(out), "files": len(files), "parameters": model.num_parameters()})
+        )
+    else:
+        typer.echo(f"{out}: {len(files)} files, {model.num_parameters():,} parameters")
+
+
+def build(
+    out: Annotated[Path, typer.Argument(help="Folder to write: a complete Hub folder.")],
+    vision: Annotated[
+        str,
+        typer.Option(
+            help="Vision tower: CLIP, SigLIP, SigLIP 2, DINOv2 or DINOv3 ViT; a folder or a Hub id."
+        ),
+    ],
+    language: Annotated[
+        str, typer.Option(help="Language model, whose chat template is kept; a folder or a Hub id.")
+    ],
+    image_side: Annotated[
+        int | None, typer.Option(help="Pixels; for DINOv2 and DINOv3, whose towers take several sizes.")
+    ] = None,
+    vision_feature_layer: Annotated[
+        int, typer.Option(help="Which of the tower's hidden states the projector reads.")
+    ] = -2,
+    detector: Annotated[
+        str | None,
+        typer.Option(
+            help="Detector whose weights go into the folder: ultralytics, or transformers (a Hub id)."
+        ),
+    ] = None,
+    separators: Annotated[bool, typer.Option(help="Wrap groups in separator tokens.")] = True,
+    weights: Annotated[
+        bool, typer.Option(help="Without: what a dry run needs alone, and no weight is downloaded.")
+    ] = True,
+    seed: Seed = 0,
+    licence: Licence = "other",
+    json_output: Json = False,
+) -> None:
+    """Make a new model of a vision tower and a language model, its projector still to be trained."""
+    from backdrop.hub_export.build import build as build_model
+    from backdrop.hub_export.build import save_outline
+    from backdrop.hub_export.export import export as export_folder
+
+    model, processor = build_model(
+        vision,
+        language,
+        image_side=image_side,
+        vision_feature_layer=vision_feature_layer,
+        separators=separators,
+        detector=detector,
+        seed=seed,
+        weights=weights,
+    )
+    if weights:
+        base = language if not os.path.isdir(language) else None
+        files = export_folder(model, processor, out, base_model=base, licence=licence)
+    else:
+        files = save_outline(model, processor, out)
     if json_output:
         typer.echo(
             json.dumps({"folder": str(out), "files": len(files), "parameters": model.num_parameters()})

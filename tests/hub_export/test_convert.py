@@ -26,7 +26,7 @@ def llava_parts(rows: int):
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     model = LlavaForConditionalGeneration(config).eval()
-    tiny._sharpen(model, 0)
+    tiny.sharpen(model, 0)
     side = {"height": tiny.SIDE, "width": tiny.SIDE}
     image_processor = LlavaImageProcessorPil(size={"shortest_edge": tiny.SIDE}, crop_size=side)
     processor = LlavaProcessor(

@@ -218,7 +218,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
     export(model, processor, out, notes="first")
     before = contents(out)
 
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError("the disk is full")
 
     for name in ("_copy_code", "_requirements"):

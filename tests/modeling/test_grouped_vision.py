@@ -5,14 +5,24 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import CLIPVisionModel, Dinov2Model, SiglipVisionModel
+from transformers import (
+    CLIPVisionModel,
+    Dinov2Model,
+    Dinov2WithRegistersModel,
+    DINOv3ViTModel,
+    SiglipVisionModel,
+)
 
 from backdrop.modeling.grouped_vision_backdrop import encode_groups, plan_rows
 
-TOWER_CLASSES = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel, "dinov2": Dinov2Model}
-
-
-PREFIX = {"clip": 1, "siglip": 0, "dinov2": 1}
+TOWER_CLASSES = {
+    "clip": CLIPVisionModel,
+    "siglip": SiglipVisionModel,
+    "dinov2": Dinov2Model,
+    "dinov2_with_registers": Dinov2WithRegistersModel,
+    "dinov3": DINOv3ViTModel,
+}
+PREFIX = tiny.PREFIX_TOKENS
 
 
 def block_diagonal(tower, pixels, masks, layer, prefix):
@@ -24,17 +34,26 @@ def block_diagonal(tower, pixels, masks, layer, prefix):
     sequence = torch.cat([h[:, k] for h, k in zip(hidden, keep, strict=True)], dim=1)
     owner = torch.cat([torch.full((int(k.sum()),), g) for g, k in enumerate(keep)])
     bias = torch.where(owner[:, None] == owner[None, :], 0.0, torch.finfo(torch.float32).min)[None, None]
-    layers = tower.encoder.layer if hasattr(tower.encoder, "layer") else tower.encoder.layers
+    encoder = tower.encoder if hasattr(tower, "encoder") else tower.model
+    layers = encoder.layer if hasattr(encoder, "layer") else encoder.layers
+    rotary = {}
+    if hasattr(tower, "rope_embeddings"):
+        # Token by token: a patch has the angles of its place in the grid, a prefix token is not turned.
+        table = [torch.stack(pair) for pair in zip(*tower.rope_embeddings(pixels), strict=True)]
+        still = torch.stack([torch.ones_like(table[0][0]), torch.zeros_like(table[0][0])])
+        owned = [[still] * prefix + [table[p] for p in mask.nonzero().flatten().tolist()] for mask in masks]
+        turns = torch.stack([turn for group in owned for turn in group])
+        rotary["position_embeddings"] = (turns[:, 0], turns[:, 1])
     for block in layers[: layer if layer >= 0 else len(layers) + 1 + layer]:
         try:
-            sequence = block(sequence, bias)
+            sequence = block(sequence, bias, **rotary)
         except TypeError:
             pytest.skip("this version's layers take no mask; groups are encoded by length")
     return [sequence[0, owner == g][prefix:] for g in range(len(masks))]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["clip", "siglip", "dinov2"])
+@pytest.mark.parametrize("name", TOWER_CLASSES)
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_groups_apart_equal_block_diagonal_attention(name, attention, data):
@@ -54,7 +73,7 @@ def test_groups_apart_equal_block_diagonal_attention(name, attention, data):
         torch.testing.assert_close(mine[PREFIX[name] :], theirs, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "dinov2"])
+@pytest.mark.parametrize("name", TOWER_CLASSES)
 @pytest.mark.parametrize("layer", [-1, -2, -4, 0, 1, 3])
 def test_all_patches_equal_the_stock_towers_hidden_state(name, layer):
     tower = TOWER_CLASSES[name](tiny.TOWERS[name]()).eval()

@@ -90,7 +90,8 @@ class TestCheckpoint:
         path = tmp_path / "classify.yaml"
         path.write_text(json.dumps(fields))
         with pytest.raises(
-            ValueError, match="is a ClassificationModel; wanted a YOLO detection or segmentation model"
+            ValueError,
+            match="is a ClassificationModel; wanted a YOLO detection or segmentation model, or an RT-DETR",
         ):
             ObjectDetector.from_name_or_path(str(path))
 

@@ -7,6 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -34,7 +36,15 @@ TOWERS = {
     "clip": lambda: CLIPVisionConfig(intermediate_size=64, **_TOWER),
     "siglip": lambda: SiglipVisionConfig(intermediate_size=64, **_TOWER),
     "dinov2": lambda: Dinov2Config(mlp_ratio=2, **_TOWER),
+    "dinov2_with_registers": lambda: Dinov2WithRegistersConfig(mlp_ratio=2, num_register_tokens=3, **_TOWER),
+    # Training moves DINOv3's positions at random, unless it is told not to.
+    "dinov3": lambda: DINOv3ViTConfig(
+        intermediate_size=64, num_register_tokens=2, pos_embed_rescale=None, **_TOWER
+    ),
 }
+
+
+PREFIX_TOKENS = {"clip": 1, "siglip": 0, "dinov2": 1, "dinov2_with_registers": 4, "dinov3": 3}
 
 
 def text_config(**changes) -> LlamaConfig:
@@ -68,7 +78,7 @@ def backdrop_config(tower: str = "clip", separators: bool = True, **changes) -> 
 def backdrop_model(seed: int = 0, **changes) -> BackdropForConditionalGeneration:
     torch.manual_seed(seed)
     model = BackdropForConditionalGeneration(backdrop_config(**changes)).eval()
-    _sharpen(model, seed)
+    sharpen(model, seed)
     return model
 
 
@@ -77,11 +87,11 @@ def llava_model(seed: int = 0, **changes) -> LlavaForConditionalGeneration:
     values = {"vision_config": TOWERS["clip"](), "text_config": text_config(), "image_token_index": IMAGE_ID}
     config = LlavaConfig(**{**values, **changes})
     model = LlavaForConditionalGeneration(config).eval()
-    _sharpen(model, seed)
+    sharpen(model, seed)
     return model
 
 
-def _sharpen(model, seed: int) -> None:
+def sharpen(model, seed: int) -> None:
     """Larger weights, so that an image or a position that is lost changes the logits visibly."""
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

@@ -34,13 +34,17 @@ NECK = [
     [-1, 1, "C2f", [1024]],
 ]
 
-HEADS = {"detect": ["Detect", ["nc"]], "segment": ["Segment", ["nc", 8, 64]]}
+HEADS = {
+    "detect": ["Detect", ["nc"]],
+    "segment": ["Segment", ["nc", 8, 64]],
+    "rtdetr": ["RTDETRDecoder", ["nc", 32, 20, 2, 2, 1]],  # width, queries, points, heads, layers
+}
 
 EVERYTHING = 0.0  # random weights are confident of nothing
 
 
 def tiny_yaml(folder: Path, task: str, **more) -> Path:
-    """A model description of four classes; task "detect" or "segment"."""
+    """A model description of four classes; a task of `HEADS`."""
     head = NECK + [[[14, 17, 20], 1, *HEADS[task]]]
     fields = {
         "nc": 4,
