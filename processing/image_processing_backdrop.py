@@ -203,7 +203,9 @@ class BackdropImageProcessor(PilBackend):
             split = splitter.split(images)
         else:
             split = splitter.split_matched(images, matcher)
-        return split if options["background_first"] else [groups[::-1] for groups in split]
+        if options["background_first"]:
+            return split
+        return [sorted(groups, key=lambda group: -group.kind) for groups in split]
 
     def _splitter(self, options: dict) -> ImageSplitter:
         def find_objects(images) -> list[np.ndarray]:
