@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .patch_groups_backdrop import only_owned, pixel_mask
+from .patch_groups_backdrop import only_owned
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +41,21 @@ def stacked(layers: tuple[Layer, ...], patch_size: int) -> Layer:
 
 def put_patches(pixels: np.ndarray, other: np.ndarray, patch_mask: np.ndarray, patch_size: int) -> np.ndarray:
     """A copy of uint8 `[S, S, 3]` that shows `other` in the patches of bool `[P]`."""
-    mask = pixel_mask(patch_mask, pixels.shape[0], patch_size)[..., None]
     result = pixels.copy()
-    np.copyto(result, other, where=mask)
+    target, source = patch_cells(result, patch_size), patch_cells(other, patch_size)
+    chosen = patch_mask.reshape(target.shape[0], -1)
+    target.swapaxes(1, 2)[chosen] = source.swapaxes(1, 2)[chosen]
     return result
 
 
-def same_layer(a: Layer, b: Layer) -> bool:
-    """Whether two layers are equal, so that what was computed of one holds for the other."""
-    return np.array_equal(a.patch_mask, b.patch_mask) and np.array_equal(a.pixels, b.pixels)
+def patch_cells(pixels: np.ndarray, patch_size: int) -> np.ndarray:
+    """A view `[g, p, g, 3 p]` of `[S, S, 3]` without the remainder; writing to it writes to the image."""
+    grid = pixels.shape[0] // patch_size
+    inner = pixels[: grid * patch_size].reshape(grid, patch_size, -1)
+    inner = inner[..., : grid * patch_size * 3]
+    return np.lib.stride_tricks.as_strided(
+        inner,
+        (grid, patch_size, grid, patch_size * 3),
+        (*inner.strides[:2], patch_size * 3 * inner.strides[2], inner.strides[2]),
+        writeable=pixels.flags.writeable,
+    )

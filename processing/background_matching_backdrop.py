@@ -124,7 +124,8 @@ class BackgroundMatcher:
             0,
         )
         self._lock = threading.Lock()
-        self._near = threading.local()  # noise learned from the latest image of this thread that just failed to match
+        # Noise and tracker of the reference that the latest image of this thread just failed to match.
+        self._near = threading.local()
         self._scope = contextvars.ContextVar("background_matching_scope", default=("", False))
 
     @property
@@ -163,7 +164,7 @@ class BackgroundMatcher:
             image: uint8 `[S, S, 3]` at the model's geometry.
         """
         namespace = self._scope.get()[0]
-        self._near.noise = None
+        self._near.noise = self._near.tracker = None
         with self._lock:
             self._counts["expired"] += self._store.remove_expired()
             candidates = self._store.candidates(namespace, image, self.tolerance)
@@ -188,38 +189,54 @@ class BackgroundMatcher:
             if candidate.reference_id not in self._store:  # evicted by another thread meanwhile
                 return None, False
             reference = self._store.read(candidate.reference_id)
-            tracker = self._trackers.get(candidate.reference_id)
-            noise = PatchNoise(reference.noise) if tracker is None else tracker.noise
-            bounds = noise.bounds() if self.learn_noise else None
         # The one place where a frame is corrected: staleness, what is fresh and what is learned are about the result.
         frame, estimate = (image, None) if self.correct is None else self.correct(reference, image)
         sample_differs = self._sample_differs(reference, frame)
-        found = None if sample_differs else self._compare(reference, frame, bounds)
+        found, change = None, None
+        with self._lock:
+            tracker = self._trackers.get(candidate.reference_id)
+            noise = PatchNoise(reference.noise) if tracker is None else tracker.noise.copy()
+            if tracker is not None and not sample_differs:
+                change = tracker.look_at(frame)
+        bounds = noise.bounds() if self.learn_noise else None
+        if not sample_differs:
+            found = self._compare(reference, frame, bounds, None if change is None else change.gradual)
         found = found or self._compare_improved(reference, frame, bounds)
-        if found is None and self.learn_noise and not sample_differs:
-            self._learn_from_failure(reference, noise, frame)
-        return (None if found is None else replace(found, estimate=estimate)), sample_differs
+        if found is None:
+            if self.learn_noise and not sample_differs:
+                self._learn_from_failure(reference, tracker, noise, frame)
+            return None, sample_differs
+        return replace(found, estimate=estimate, change=change), sample_differs
 
-    def _compare(self, reference: Reference, frame: np.ndarray, bounds: np.ndarray | None) -> Match | None:
+    def _compare(
+        self,
+        reference: Reference,
+        frame: np.ndarray,
+        bounds: np.ndarray | None,
+        excused: np.ndarray | None = None,
+    ) -> Match | None:
         """The match with a reference, None where it reuses too little."""
-        same, staleness = reusable_patches(reference.pixels, frame, self.patch_size, self.tolerance, bounds)
+        same, staleness = reusable_patches(
+            reference.pixels, frame, self.patch_size, self.tolerance, bounds, excused
+        )
         fresh = ~(reference.patch_mask & same)
         if 1 - fresh.mean() < self.min_reuse:
             return None
         return Match(reference, frame, fresh, staleness, encoded=fresh)
 
-    def _learn_from_failure(self, reference: Reference, noise: PatchNoise, frame: np.ndarray) -> None:
-        """Notes the noise for the reference that this frame may become: of a scene that never rests nothing is reused before it is
-        known that its edges mean nothing, though its patches are within the tolerance.
+    def _learn_from_failure(
+        self, reference: Reference, tracker: BackgroundTracker | None, noise: PatchNoise, frame: np.ndarray
+    ) -> None:
+        """Keeps what is known of a place for the reference that this frame may become, where the frame just failed to match.
+
+        Of a scene that never rests nothing is reused before it is known that its edges mean nothing.
         """
         same, structure = measured_patches(reference.pixels, frame, self.patch_size, self.tolerance)
         same &= reference.patch_mask
-        if same.mean() < self.min_reuse:
+        if same.mean() < 0.5 * self.min_reuse or (self._near.noise and noise.known <= self._near.noise.known):
             return
-        with self._lock:
-            known = noise.copy()
-        known.observe(structure, same)
-        self._near.noise = known
+        noise.observe(structure, same)
+        self._near.noise, self._near.tracker = noise, tracker
 
     def _sample_differs(self, reference: Reference, image: np.ndarray) -> bool:
         """Whether hardly a patch fits in every fourth line of patches; a fifth of the cost of comparing all."""
@@ -288,7 +305,7 @@ class BackgroundMatcher:
             stale = match.reference.patch_mask & match.fresh
             unexplained = stale
             if tracker is not None:
-                unexplained = tracker.update(match.frame, ~match.fresh, objects)
+                unexplained = tracker.update(match.frame, ~match.fresh, match.change, objects)
         changed = np.zeros_like(stale)
         if tracker is not None and unexplained.any():
             changed = self._standing_changes(match, tracker, unexplained)
@@ -330,18 +347,30 @@ class BackgroundMatcher:
         self._trackers[reference_id] = tracker
         return tracker
 
-    def _track(self, reference: Reference, image: np.ndarray) -> BackgroundTracker:
-        """A tracker for a reference, and no more trackers than are allowed. The lock is held."""
+    def _track(
+        self, reference: Reference, image: np.ndarray, near: threading.local | None = None
+    ) -> BackgroundTracker:
+        """A tracker for a reference, kept; it knows what is known of a place that looked much the same. The lock is held."""
         tracker = BackgroundTracker(
             image, reference.layers, self.patch_size, self.tolerance, reference.noise, self.layers
         )
-        self._trackers[reference.reference_id] = tracker
+        noise, before = getattr(near, "noise", None), getattr(near, "tracker", None)
+        if before is not None and len(before.age) == len(tracker.age):
+            before.update(image, np.zeros(len(tracker.age), dtype=bool))
+            tracker = before.branch(Proposal(reference.layers, True))
+        if noise is not None and len(noise.levels) == len(tracker.age):
+            tracker.noise = noise
+        self._keep_tracker(reference.reference_id, tracker)
+        return tracker
+
+    def _keep_tracker(self, reference_id: int, tracker: BackgroundTracker) -> None:
+        """Keeps a tracker as the most recently used one, and no more than are allowed. The lock is held."""
+        self._trackers[reference_id] = tracker
         for known in [known for known in self._trackers if known not in self._store]:
             del self._trackers[known]
         while len(self._trackers) > TRACKED_REFERENCES:
             known, oldest = self._trackers.popitem(last=False)
             self._store.write_noise(known, oldest.noise.levels)
-        return tracker
 
     def _standing_changes(
         self, match: Match, tracker: BackgroundTracker, unexplained: np.ndarray
@@ -401,13 +430,12 @@ class BackgroundMatcher:
         stored = self._store.add(self._scope.get()[0], shown, proposal.layers, noise)
         if stored is not None:
             reference = stored
-            if keep:
-                self._track(stored, frame)
-            else:
-                self._trackers[stored.reference_id] = tracker
+            self._keep_tracker(stored.reference_id, tracker.branch(proposal) if keep else tracker)
             logger.info("background %d: made %d of it", old_id, stored.reference_id)
         bounds = tracker.noise.bounds() if self.learn_noise else None
-        same, staleness = reusable_patches(reference.pixels, frame, self.patch_size, self.tolerance, bounds)
+        same, staleness = reusable_patches(
+            reference.pixels, frame, self.patch_size, self.tolerance, bounds, ~match.fresh
+        )
         fresh = ~(same & reference.patch_mask)
         return self._renewed(replace(match, reference=reference, fresh=fresh, staleness=staleness), proposal)
 
@@ -519,9 +547,7 @@ class BackgroundMatcher:
             layers = (make_layer(image, patch_mask, self.patch_size),)
             reference = self._store.add(self._scope.get()[0], image, layers)
             if reference is not None and self.refresh:
-                tracker = self._track(reference, image)
-                if getattr(self._near, "noise", None) is not None and len(self._near.noise.levels) == len(patch_mask):
-                    tracker.noise = self._near.noise
+                tracker = self._track(reference, image, near=self._near)
                 if objects is not None:
                     tracker.note_objects(objects)
 

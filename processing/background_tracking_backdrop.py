@@ -14,18 +14,19 @@ A parked object is still an object, so the patches of detected objects never set
 absorb it, and a model trained on backgrounds without objects answers worse about what hides in one.
 """
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
 
-from .background_layers_backdrop import Layer, make_layer, put_patches, stacked
+from .background_layers_backdrop import Layer, make_layer, patch_cells, put_patches, stacked
 from .patch_noise_backdrop import PatchNoise
 from .staleness_backdrop import measured_patches, reusable_patches
 from .unexplained_changes_backdrop import ChangeWatch
 
 WINDOW = 6  # frames in the running mean: noise falls, and slow drift is still followed
 SETTLED_LONG = 16  # frames without a change after which a patch may be in the first layer, if it hardly ever changes
-SETTLED_LATELY = 2  # the same for the second layer
+SETTLED_LATELY = 1  # the same for the second layer
 CHANGE_RATE = 0.08  # of the running share of frames in which a patch changed
 RARELY, OFTEN = 0.15, 0.6  # such shares: the most for the first layer, and for the second
 SHOWN_RATE = 0.03  # of the running share of frames in which a patch showed what its first layer shows
@@ -42,6 +43,22 @@ class Proposal:
 
     layers: tuple[Layer, ...]
     first_is_new: bool
+
+
+@dataclass(frozen=True, eq=False)
+class FrameChange:
+    """How a frame differs from those before it.
+
+    Attributes:
+        unchanged: bool `[P]`, patches within the tolerance of what they showed of late.
+        structure: float32 `[P, 4]`, see `patch_structure`; None where the tolerance is 0.
+        gradual: bool `[P]`, patches that were reused and that nothing entered since, as far as noise lets see. Where such a patch
+            moved away from its reference within the tolerance, light or focus drifted: no figure came.
+    """
+
+    unchanged: np.ndarray
+    structure: np.ndarray | None
+    gradual: np.ndarray
 
 
 class BackgroundTracker:
@@ -73,10 +90,11 @@ class BackgroundTracker:
         grid = image.shape[0] // patch_size
         patches = grid * grid
         # With tolerance 0 an unchanged patch has equal pixels, so there is nothing to average.
-        self._mean = self._cells(image).astype(np.float32) if tolerance > 0 else None  # [g, p, g, 3 p]
+        self._mean = patch_cells(image, patch_size).astype(np.float32) if tolerance > 0 else None  # [g, p, g, 3 p]
         self.noise = PatchNoise(noise)
         self.watch = ChangeWatch(patches, patch_size)
         self.frames = 0  # taken in
+        self._was_same = np.ones(patches, dtype=bool)  # the latest frame
         self.age = np.ones(patches, dtype=np.int32)  # frames since the last change
         self.changes = np.zeros(patches, dtype=np.float32)  # running share of frames with a change
         self.shown = np.ones(patches, dtype=np.float32)  # running share of frames that show the first layer
@@ -97,22 +115,38 @@ class BackgroundTracker:
 
     # ---- learning
 
-    def update(self, image: np.ndarray, same: np.ndarray, is_object: np.ndarray | None = None) -> np.ndarray:
+    def look_at(self, image: np.ndarray) -> "FrameChange":
+        """How uint8 `[S, S, 3]` differs from what the frames showed of late. Nothing is changed by it."""
+        if self.tolerance == 0:
+            unchanged, _ = reusable_patches(self.estimate, image, self.patch_size, 0)
+            return FrameChange(unchanged, None, unchanged)
+        unchanged, structure = measured_patches(self.estimate, image, self.patch_size, self.tolerance)
+        calm = unchanged & (structure <= self.noise.bounds()).all(axis=1)
+        return FrameChange(unchanged, structure, calm & self._was_same)
+
+    def update(
+        self,
+        image: np.ndarray,
+        same: np.ndarray,
+        change: "FrameChange | None" = None,
+        is_object: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Takes in a matched frame.
 
         Args:
             image: uint8 `[S, S, 3]`.
             same: bool `[P]`, the patches that show what the layers show.
+            change: what `look_at` gave for it, if it was asked.
             is_object: bool `[P]`, detected objects of the frame, where a detector ran.
 
         Returns:
             bool `[P]`, patches whose change nothing explains so far.
         """
-        if self.tolerance > 0:
-            unchanged, structure = measured_patches(self.estimate, image, self.patch_size, self.tolerance)
-            self.noise.observe(structure, unchanged & (self.age > 1))
-        else:
-            unchanged, _ = reusable_patches(self.estimate, image, self.patch_size, 0)
+        change = self.look_at(image) if change is None else change
+        unchanged = change.unchanged
+        if change.structure is not None:
+            self.noise.observe(change.structure, unchanged & (self.age > 1))
+        self._was_same = same
         self.objects &= unchanged
         if is_object is not None:
             self.objects |= is_object
@@ -148,7 +182,7 @@ class BackgroundTracker:
         self.second_waste += self._gain
 
     def _average(self, image: np.ndarray, unchanged: np.ndarray) -> None:
-        cells, estimate = self._cells(image), self._cells(self.estimate)
+        cells, estimate = patch_cells(image, self.patch_size), patch_cells(self.estimate, self.patch_size)
         if self._mean is None:
             changed = ~unchanged.reshape(cells.shape[0], -1)
             estimate.swapaxes(1, 2)[changed] = cells.swapaxes(1, 2)[changed]
@@ -159,17 +193,6 @@ class BackgroundTracker:
         self._mean += step
         np.add(self._mean, 0.5, out=step)
         np.copyto(estimate, step, casting="unsafe")  # rounds: a mean of uint8 is never negative
-
-    def _cells(self, image: np.ndarray) -> np.ndarray:
-        """A view `[g, p, g, 3 p]` of `[S, S, 3]` without the remainder."""
-        grid = image.shape[0] // self.patch_size
-        inner = image[: grid * self.patch_size].reshape(grid, self.patch_size, -1)
-        inner = inner[..., : grid * self.patch_size * 3]
-        return np.lib.stride_tricks.as_strided(
-            inner,
-            (grid, self.patch_size, grid, self.patch_size * 3),
-            (*inner.strides[:2], self.patch_size * 3 * inner.strides[2], inner.strides[2]),
-        )
 
     @property
     def hidden(self) -> np.ndarray:
@@ -277,8 +300,21 @@ class BackgroundTracker:
             # What has stayed long belongs into the first layer: encoding it in the second time after time is waste.
             self.first_waste += float((proposal.layers[1].patch_mask & self._settled_long).sum())
         self.second_waste = 0.0
+        self._was_same = self._was_same | True
         self.layers = proposal.layers
         self._ever_owned = self._ever_owned | self._owned
+
+    def branch(self, proposal: Proposal) -> "BackgroundTracker":
+        """A tracker for another background that has split off from this one, which knows what this one knows."""
+        other = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray):
+                setattr(other, name, value.copy())
+        other.noise = self.noise.copy()
+        other.watch = self.watch.branch()
+        other.first_waste = 0.0
+        other.adopt(proposal)
+        return other
 
     def reset_waste(self, due: int) -> None:
         """Counts from zero again, where what was wasted is of no use after all (a parked object)."""

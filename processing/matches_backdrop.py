@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .background_tracking_backdrop import FrameChange
 from .reference_store_backdrop import Reference
 
 
@@ -21,6 +22,7 @@ class Match:
             background cache has yet.
         estimate: what the corrections found; None without any.
         refreshed: a layer of the reference was made anew with the help of this image.
+        change: how the frame differs from those before it, where the matcher tracks them.
     """
 
     reference: Reference
@@ -30,6 +32,7 @@ class Match:
     encoded: np.ndarray
     estimate: object | None = None
     refreshed: bool = False
+    change: FrameChange | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,19 +6,20 @@ edges that mean nothing. So the matcher learns what each patch does when it is a
 
 import numpy as np
 
-# Measure by measure (see `patch_structure`): a patch at rest stays below so many times its usual value plus so many grey levels
-# (rounding, compression). A figure of three times the noise lies above: it fills what a measure averages over.
-FACTORS = np.array([2.0, 2.2, 2.4, 6.0], dtype=np.float32)
-FLOORS = np.array([0.8, 0.5, 0.6, 0.8], dtype=np.float32)
+# A patch at rest stays below so many times the most that it did of late, plus so many grey levels (rounding, compression). A figure of
+# three times the noise lies above: it fills what a measure averages over.
+FACTOR, FACTOR_UNSURE = 1.2, 1.5  # the second is divided by the number of observations, of which few show the most
+FLOORS = np.array([1.2, 0.8, 0.8, 1.0], dtype=np.float32)
 TRUSTED = 3  # observations of a patch after which its noise is known
-WINDOW = 20  # observations in the running mean
-# An observation moves the mean by no more than this share of it: one figure does not become noise.
-LARGEST_STEP = 0.15
+SURE = 20  # observations after which the most that was seen is believed
+FORGETS = 0.01  # share by which that falls from frame to frame
+# An observation raises it by no more than this share and so many grey levels: one figure does not become noise.
+LARGEST_STEP, LARGEST_RISE = 0.15, 0.15
 QUANTUM, OFFSET = 24.0, 8.0  # of the logarithm in which levels are kept in a byte
 
 
 class PatchNoise:
-    """Running means of the four measures of every patch at rest. Not thread-safe.
+    """The most that each of the four measures of every patch at rest was of late. Not thread-safe.
 
     Args:
         levels: float32 `[P, 4]`, what was learned before, 0: nothing; grey levels.
@@ -26,12 +27,17 @@ class PatchNoise:
 
     def __init__(self, levels: np.ndarray):
         self.levels = levels.astype(np.float32)
-        self._seen = np.where(levels.any(axis=1), WINDOW, 0).astype(np.int32)
+        self._seen = np.where(levels.any(axis=1), SURE, 0).astype(np.int32)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of memory."""
         return self.levels.nbytes + self._seen.nbytes
+
+    @property
+    def known(self) -> int:
+        """Observations of all patches together."""
+        return int(self._seen.sum())
 
     def copy(self) -> "PatchNoise":
         """The same, to be changed apart."""
@@ -47,16 +53,15 @@ class PatchNoise:
             at_rest: bool `[P]`, the patches that did not change.
         """
         self._seen += at_rest
-        step = structure - self.levels
-        step /= np.clip(self._seen, 1, WINDOW)[:, None]
-        limit = LARGEST_STEP * self.levels + 0.1
-        known = (self._seen > TRUSTED)[:, None]
-        step = np.where(known, np.minimum(step, limit), step)
-        self.levels += np.where(at_rest[:, None], step, 0)
+        sure = (self._seen > SURE)[:, None]
+        rise = np.maximum(structure - self.levels, 0)
+        rise = np.where(sure, np.minimum(rise, LARGEST_STEP * self.levels + LARGEST_RISE), rise)
+        self.levels += np.where(at_rest[:, None], rise - FORGETS * self.levels * sure, 0)
 
     def bounds(self) -> np.ndarray:
         """The largest measures of a patch at rest, float32 `[P, 4]`, grey levels; infinite where not yet known."""
-        bounds = self.levels * FACTORS + FLOORS
+        factor = FACTOR + FACTOR_UNSURE / np.maximum(self._seen, 1)
+        bounds = self.levels * factor[:, None].astype(np.float32) + FLOORS
         bounds[self._seen < TRUSTED] = np.inf
         return bounds
 

@@ -32,6 +32,7 @@ def reusable_patches(
     patch_size: int,
     tolerance: float,
     bounds: np.ndarray | None = None,
+    excused: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Patches of an image that a reference may stand for.
 
@@ -48,6 +49,7 @@ def reusable_patches(
         patch_size: pixels.
         tolerance: the largest staleness that is reused, grey levels 0-255; 0: pixels must be equal.
         bounds: float32 `[P, 4]`, the largest `PatchStructure` of each patch, grey levels; None: not known.
+        excused: bool `[P]`, patches of which the staleness alone decides; None: none.
 
     Returns:
         bool `[P]`, and the staleness of every patch, float32 `[P]`.
@@ -57,16 +59,17 @@ def reusable_patches(
     reusable = staleness <= tolerance
     if not (0 < tolerance < 255 and reusable.any()):
         return reusable, staleness
-    luma = np.full(len(reusable), FINE_LUMA * tolerance, dtype=np.float32)
+    excused = np.zeros_like(reusable) if excused is None else excused
+    luma: float | np.ndarray = FINE_LUMA * tolerance
     if bounds is not None:
-        reusable &= (patch_structure(difference, patch_size, tolerance) <= bounds).all(axis=1)
-        luma = np.where(np.isfinite(bounds[:, 0]), bounds[:, 0], luma)
+        reusable &= (patch_structure(difference, patch_size, tolerance) <= bounds).all(axis=1) | excused
+        # What the whole patch changed by is bounded by its staleness; a known bound is about what stands out of that.
+        luma = np.where(np.isfinite(bounds[:, 0]), bounds[:, 0] + tolerance, luma)
+    luma = np.broadcast_to(luma, reusable.shape)
     colour = np.maximum(luma * (FINE_COLOUR / FINE_LUMA), FINE_LUMA * tolerance)
-    # What the whole patch changed by is bounded by its staleness; a bound of its own is about what stands out of that.
-    luma = np.where(luma == FINE_LUMA * tolerance, luma, np.maximum(luma, 0) + tolerance)
     # An average exceeds no largest value: most patches need no filter.
     peaks = _patch_peaks(difference, patch_size)
-    unsure = np.flatnonzero(reusable & ((peaks > luma) | (peaks > colour)))
+    unsure = np.flatnonzero(reusable & ~excused & ((peaks > luma) | (peaks > colour)))
     grid = difference.shape[0] // patch_size
     blocks = difference.reshape(grid, patch_size, grid, patch_size, -1).swapaxes(1, 2)
     smooth = _binomial_filter(blocks[unsure // grid, unsure % grid])

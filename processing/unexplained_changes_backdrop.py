@@ -13,6 +13,7 @@ from .staleness_backdrop import reusable_patches
 SHOWS, JUMPED, MOVES, DRIFTED = range(4)
 REMEMBERED = 3  # frames with unexplained changes that are kept, to see whether a change stays
 RESTLESS = 0.3  # a patch that changes in this share of frames comes and goes
+MOTION_MEMORY = 30  # frames for which a patch in which something moved explains changes around it
 NEARBY = 2  # patches: what moves explains changes so far around it
 
 
@@ -27,12 +28,19 @@ class ChangeWatch:
     def __init__(self, patches: int, patch_size: int):
         self._patch_size = patch_size
         self._state = np.full(patches, SHOWS, dtype=np.uint8)
+        self._since_motion = np.full(patches, MOTION_MEMORY + 1, dtype=np.int32)  # frames
         self._seen: list[tuple[np.ndarray, np.ndarray]] = []  # frame [S, S, 3], its unexplained patches [P]
 
     @property
     def num_bytes(self) -> int:
         """Bytes of memory."""
-        return self._state.nbytes + sum(image.nbytes + mask.nbytes for image, mask in self._seen)
+        return self._state.nbytes + self._since_motion.nbytes + sum(image.nbytes + mask.nbytes for image, mask in self._seen)
+
+    def branch(self) -> "ChangeWatch":
+        """A watch of another background of the same place: it knows where things move."""
+        other = ChangeWatch(len(self._state), self._patch_size)
+        other._since_motion = self._since_motion.copy()
+        return other
 
     def unexplained(
         self, stale: np.ndarray, unchanged: np.ndarray, restless: np.ndarray, objects: np.ndarray
@@ -50,7 +58,9 @@ class ChangeWatch:
         self._state = np.where(
             stale, np.where(begins, np.where(unchanged, DRIFTED, JUMPED), again), SHOWS
         ).astype(np.uint8)
-        moving = (self._state == MOVES) | objects
+        self._since_motion += 1
+        self._since_motion[self._state == MOVES] = 0
+        moving = (self._since_motion <= MOTION_MEMORY) | objects
         if moving.any():
             moving = grow_patches(moving, NEARBY)
         return (self._state == JUMPED) & ~moving & (restless < RESTLESS)
