@@ -10,6 +10,7 @@ A background is what stays. `BackgroundTracker` says when a layer of it is made 
 
 import contextlib
 import contextvars
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from .matches_backdrop import Match, MatchReport
 from .patch_groups_backdrop import grow_patches
 from .patch_noise_backdrop import PatchNoise
 from .reference_descriptors_backdrop import Candidate
+from .reference_pictures_backdrop import reference_picture
 from .reference_store_backdrop import Reference, ReferenceStore
 from .staleness_backdrop import measured_patches, patch_staleness, reusable_patches
 
@@ -102,7 +104,7 @@ class BackgroundMatcher:
         self.detect = detect
         self.refresh = refresh
         self.layers = layers
-        self.learn_noise = learn_noise and tolerance > 0
+        self.learn_noise = learn_noise
         self.strict = strict
         self.observer: Callable[[MatchReport], None] | None = None
         self.correct: Callable[[Reference, np.ndarray], tuple[np.ndarray, object]] | None = None
@@ -149,6 +151,10 @@ class BackgroundMatcher:
             yield self
         finally:
             self._scope.reset(token)
+
+    @property
+    def _noise_counts(self) -> bool:
+        return self.learn_noise and self.tolerance > 0
 
     def match(self, image: np.ndarray) -> Match | None:
         """`find`, and `accept` what it found: the reference to use for uint8 `[S, S, 3]`, or None."""
@@ -198,12 +204,12 @@ class BackgroundMatcher:
             noise = PatchNoise(reference.noise) if tracker is None else tracker.noise.copy()
             if tracker is not None and not sample_differs:
                 change = tracker.look_at(frame)
-        bounds = noise.bounds() if self.learn_noise else None
+        bounds = noise.bounds() if self._noise_counts else None
         if not sample_differs:
             found = self._compare(reference, frame, bounds, None if change is None else change.gradual)
         found = found or self._compare_improved(reference, frame, bounds)
         if found is None:
-            if self.learn_noise and not sample_differs:
+            if self._noise_counts and not sample_differs:
                 self._learn_from_failure(reference, tracker, noise, frame)
             return None, sample_differs
         return replace(found, estimate=estimate, change=change), sample_differs
@@ -343,7 +349,9 @@ class BackgroundMatcher:
         tracker = self._trackers.pop(reference_id, None)
         if tracker is None:
             reference = self._store.read(reference_id)
-            tracker = self._track(reference, put_patches(match.frame, reference.pixels, reference.patch_mask, self.patch_size))
+            tracker = self._track(
+                reference, put_patches(match.frame, reference.pixels, reference.patch_mask, self.patch_size)
+            )
         self._trackers[reference_id] = tracker
         return tracker
 
@@ -432,7 +440,7 @@ class BackgroundMatcher:
             reference = stored
             self._keep_tracker(stored.reference_id, tracker.branch(proposal) if keep else tracker)
             logger.info("background %d: made %d of it", old_id, stored.reference_id)
-        bounds = tracker.noise.bounds() if self.learn_noise else None
+        bounds = tracker.noise.bounds() if self._noise_counts else None
         same, staleness = reusable_patches(
             reference.pixels, frame, self.patch_size, self.tolerance, bounds, ~match.fresh
         )
@@ -550,6 +558,24 @@ class BackgroundMatcher:
                 tracker = self._track(reference, image, near=self._near)
                 if objects is not None:
                     tracker.note_objects(objects)
+
+    def save_pictures(self, folder: str | os.PathLike) -> list[str]:
+        """Writes every reference as a PNG in which what it does not own is hatched.
+
+        Args:
+            folder: made if need be.
+
+        Returns:
+            The names of the files, in the order in which the references were made.
+        """
+        with self._lock:
+            references = [self._store.read(reference_id) for reference_id in sorted(self._store.ids)]
+        os.makedirs(folder, exist_ok=True)
+        names = []
+        for reference in references:
+            names.append(f"reference-{reference.reference_id:06d}.png")
+            reference_picture(reference, self.patch_size).save(os.path.join(folder, names[-1]))
+        return names
 
     def clear(self, namespace: str | None = None) -> None:
         """Forgets the references of a namespace, or of all with None; the counters stay."""

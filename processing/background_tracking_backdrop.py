@@ -25,13 +25,18 @@ from .staleness_backdrop import measured_patches, reusable_patches
 from .unexplained_changes_backdrop import ChangeWatch
 
 WINDOW = 6  # frames in the running mean: noise falls, and slow drift is still followed
-SETTLED_LONG = 16  # frames without a change after which a patch may be in the first layer, if it hardly ever changes
+SETTLED_LONG = (
+    16  # frames without a change after which a patch may be in the first layer, if it hardly ever changes
+)
 SETTLED_LATELY = 1  # the same for the second layer
 CHANGE_RATE = 0.08  # of the running share of frames in which a patch changed
-RARELY, OFTEN = 0.15, 0.6  # such shares: the most for the first layer, and for the second
+RARELY, OFTEN = 0.15, 0.6  # such shares: the most to enter the first layer, and the second
+TOO_OFTEN = 0.35  # the same to stay in the first
 SHOWN_RATE = 0.03  # of the running share of frames in which a patch showed what its first layer shows
 SHOWN_ENOUGH = 0.7  # such a share, below which a patch is disowned
-STALE_PRICE = 1.0  # what a stale token costs, in encodings of a patch, where a new first layer would not have it
+STALE_PRICE = (
+    1.0  # what a stale token costs, in encodings of a patch, where a new first layer would not have it
+)
 HIDDEN_PRICE = 0.1  # the same for one that the second layer's token hides
 MOST_SPARED_LOOKS = 64  # frames for which looks that explained everything are trusted
 SMALLEST_GAIN = 1 / 64  # share of the patches that a new second layer must spare in the frame that makes it
@@ -90,7 +95,9 @@ class BackgroundTracker:
         grid = image.shape[0] // patch_size
         patches = grid * grid
         # With tolerance 0 an unchanged patch has equal pixels, so there is nothing to average.
-        self._mean = patch_cells(image, patch_size).astype(np.float32) if tolerance > 0 else None  # [g, p, g, 3 p]
+        self._mean = (
+            patch_cells(image, patch_size).astype(np.float32) if tolerance > 0 else None
+        )  # [g, p, g, 3 p]
         self.noise = PatchNoise(noise)
         self.watch = ChangeWatch(patches, patch_size)
         self.frames = 0  # taken in
@@ -98,10 +105,13 @@ class BackgroundTracker:
         self.age = np.ones(patches, dtype=np.int32)  # frames since the last change
         self.changes = np.zeros(patches, dtype=np.float32)  # running share of frames with a change
         self.shown = np.ones(patches, dtype=np.float32)  # running share of frames that show the first layer
-        self.objects = np.zeros(patches, dtype=bool)  # where the last detection found objects, if unchanged since
+        self.objects = np.zeros(
+            patches, dtype=bool
+        )  # where the last detection found objects, if unchanged since
         self.first_waste = self.second_waste = 0.0  # patches
         self._gain = 0.0  # what a new second layer would spare in the latest frame
         self._shows_first = np.ones(patches, dtype=bool)  # the latest frame
+        self._unexplained = np.zeros(patches, dtype=bool)  # in the latest frame: maybe another background's
         self._ever_owned = self._owned
         self._trust = self._spared_looks = 0
 
@@ -154,9 +164,11 @@ class BackgroundTracker:
         self.age = np.where(unchanged, self.age + 1, 1)
         self.changes += np.float32(CHANGE_RATE) * (~unchanged - self.changes)
         self._average(image, unchanged)
-        self._count(image, same)
         stale = self._owned & ~same
-        return self.watch.unexplained(stale, unchanged, self.changes, self.objects)
+        unexplained = self.watch.unexplained(stale, unchanged, self.changes, self.objects)
+        self._unexplained = unexplained
+        self._count(image, same)
+        return unexplained
 
     def _count(self, image: np.ndarray, same: np.ndarray) -> None:
         """Adds what the layers cost in this frame."""
@@ -171,7 +183,7 @@ class BackgroundTracker:
         rate = np.float32(max(SHOWN_RATE, 1 / (self.frames + 8)))
         self.shown += rate * (shows - self.shown)
         fresh = ~(same & self._owned)
-        stale = first & ~shows & ~(first & (self.shown > SHOWN_ENOUGH))
+        stale = first & ~shows & ~self._stays
         self.first_waste += STALE_PRICE * (stale & fresh).sum() + HIDDEN_PRICE * (stale & ~fresh).sum()
         if self.max_layers == 1:
             self.first_waste += (fresh & self._settled_long).sum()
@@ -244,17 +256,26 @@ class BackgroundTracker:
 
     @property
     def _settled_long(self) -> np.ndarray:
-        return (self.age >= SETTLED_LONG) & (self.changes < RARELY) & ~self.objects
+        return (self.age >= SETTLED_LONG) & (self.changes < RARELY) & ~self.objects & ~self._unexplained
+
+    @property
+    def _stays(self) -> np.ndarray:
+        """Patches that show the first layer most of the time."""
+        return (self.shown > SHOWN_ENOUGH) & (self.changes < TOO_OFTEN)
+
+    @property
+    def _settled(self) -> np.ndarray:
+        settled = (self.age >= SETTLED_LATELY) & (self.changes < OFTEN)
+        return settled & ~self.objects & ~self._unexplained
 
     @property
     def _settled_lately(self) -> np.ndarray:
         """Patches that a second layer would own now."""
-        settled = (self.age >= SETTLED_LATELY) & (self.changes < OFTEN) & ~self.objects
-        return settled & ~self._shows_first
+        return self._settled & ~self._shows_first
 
     def _first_mask(self) -> np.ndarray:
         """The patches that a first layer made anew would own."""
-        return self._settled_long | (self.layers[0].patch_mask & (self.shown > SHOWN_ENOUGH))
+        return self._settled_long | (self.layers[0].patch_mask & self._stays)
 
     @property
     def due(self) -> int | None:
@@ -283,7 +304,7 @@ class BackgroundTracker:
                 put_patches(first.pixels, self.estimate, renewed, self.patch_size), mask, self.patch_size
             )
             shows, _ = reusable_patches(first.pixels, self.estimate, self.patch_size, self.tolerance)
-            lately = (self.age >= SETTLED_LATELY) & (self.changes < OFTEN) & ~self.objects & ~(mask & shows)
+            lately = self._settled & ~(mask & shows)
         else:
             lately = self._settled_lately
         layers: tuple[Layer, ...] = (first,)

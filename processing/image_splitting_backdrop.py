@@ -34,6 +34,7 @@ class ImageSplitter:
         overlap: the background keeps the grown ring too.
         min_coverage: share of a patch that objects must cover for it to be an object patch, 0-1 (0: any part).
         find_objects: the detector: images `[S, S, 3]` to one mask each of the pixels of objects, bool `[S, S]`.
+        finds_anything: False where the detector is a stand-in that never finds objects: the matcher then does not ask it.
     """
 
     patch_size: int
@@ -41,6 +42,7 @@ class ImageSplitter:
     overlap: bool
     min_coverage: float
     find_objects: Callable[[Sequence[np.ndarray]], list[np.ndarray]]
+    finds_anything: bool = True
 
     def object_patches(self, mask: np.ndarray) -> np.ndarray:
         """Pixels of objects, bool `[S, S]`, to the patches that a split gives to the object group, bool `[P]`."""
@@ -97,7 +99,8 @@ class ImageSplitter:
                 match = matcher.find(image)
             if match is not None:
                 objects = looks[i].object_patches() if always else None
-                match = matcher.accept(image, match, objects, looks[i].object_patches)
+                find_objects = looks[i].object_patches if self.finds_anything else None
+                match = matcher.accept(image, match, objects, find_objects)
             result.append(
                 self._split_missed(image, looks[i], matcher) if match is None else self._split_known(match)
             )
@@ -128,7 +131,7 @@ class _Detection:
 
     def take(self, mask: np.ndarray) -> None:
         """Notes what a run over several images found in this one, bool `[S, S]`."""
-        self._mask, self.runs = mask, 1
+        self._mask, self.runs = mask, int(self._splitter.finds_anything)
 
     def mask(self) -> np.ndarray:
         """Pixels of objects, bool `[S, S]`."""

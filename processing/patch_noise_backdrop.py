@@ -8,7 +8,10 @@ import numpy as np
 
 # A patch at rest stays below so many times the most that it did of late, plus so many grey levels (rounding, compression). A figure of
 # three times the noise lies above: it fills what a measure averages over.
-FACTOR, FACTOR_UNSURE = 1.2, 1.5  # the second is divided by the number of observations, of which few show the most
+FACTOR, FACTOR_UNSURE = (
+    1.2,
+    1.5,
+)  # the second is divided by the number of observations, of which few show the most
 FLOORS = np.array([1.2, 0.8, 0.8, 1.0], dtype=np.float32)
 TRUSTED = 3  # observations of a patch after which its noise is known
 SURE = 20  # observations after which the most that was seen is believed

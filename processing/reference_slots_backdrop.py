@@ -79,7 +79,9 @@ class SlotFile:
     def read(self, slot: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A copy of a slot's pixels, uint8 `[S, S, 3]`, mask, bool `[P]`, and noise, uint8 `[4 P]`."""
         content = np.array(self._content(slot))
-        pixels, mask, noise = np.split(content, (content.size - 5 * self.patches, content.size - 4 * self.patches))
+        pixels, mask, noise = np.split(
+            content, (content.size - 5 * self.patches, content.size - 4 * self.patches)
+        )
         return pixels.reshape(self.side, self.side, 3), mask.view(bool), noise
 
     def _content(self, slot: int) -> np.ndarray:

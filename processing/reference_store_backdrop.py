@@ -143,6 +143,11 @@ class ReferenceStore:
         if entry is not None:
             self._files[entry.table[1]].write_noise(entry.slots[0], levels_to_bytes(noise))
 
+    @property
+    def ids(self) -> list[int]:
+        """The ids of all references, the least recently used first."""
+        return list(self._entries)
+
     def of_namespace(self, namespace: str) -> list[int]:
         """The ids of a namespace's references, the least recently used first."""
         return [i for i, entry in self._entries.items() if entry.table[0] == namespace]

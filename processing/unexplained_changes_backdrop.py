@@ -34,7 +34,11 @@ class ChangeWatch:
     @property
     def num_bytes(self) -> int:
         """Bytes of memory."""
-        return self._state.nbytes + self._since_motion.nbytes + sum(image.nbytes + mask.nbytes for image, mask in self._seen)
+        return (
+            self._state.nbytes
+            + self._since_motion.nbytes
+            + sum(image.nbytes + mask.nbytes for image, mask in self._seen)
+        )
 
     def branch(self) -> "ChangeWatch":
         """A watch of another background of the same place: it knows where things move."""

@@ -31,9 +31,6 @@ from backdrop.processing.processing_backdrop import BackdropProcessor
 Frame: TypeAlias = Image.Image | np.ndarray | str | os.PathLike[str]
 KEY_BYTES = 20
 FAST_COMPRESSION = 1  # zlib level of the PNGs, which are sent once and not kept
-# Less than the matcher's own 0.3: the backgrounds of two strangers may differ only in a sign. With 0.3 they match, the
-# stale sign stays in the prompt beside the fresh one, and the model may read the wrong one (docs/results/serving.md).
-MAX_OVERRIDDEN = 0.1
 ENCODED_GROUPS = 64  # PNGs kept of the backgrounds that were sent last, since the same ones are sent again
 
 
@@ -64,7 +61,7 @@ class SplitFrame:
     """A frame's patch groups.
 
     Attributes:
-        items: the background and the objects, in this order; one of the two may be missing.
+        items: the background, in one or two layers, and the objects, in this order; one of the two may be missing.
         reused: patches whose pixels are a reference's.
         total: patches of the grid.
     """
@@ -75,7 +72,7 @@ class SplitFrame:
 
     @property
     def background(self) -> GroupItem | None:
-        """The background group; None where everything is object."""
+        """The background group, of two layers the one that changes less; None where everything is object."""
         return next((item for item in self.items if item.kind == GROUP_KINDS[BACKGROUND]), None)
 
 
@@ -85,7 +82,7 @@ class FrameSplitter:
     Args:
         processor: the served model's. It is not changed: matching is switched on in a copy that shares its detector.
         tolerance: largest staleness that is reused, grey levels; 10 suits cameras, 0 reuses equal pixels only.
-        matching: options of `BackgroundMatcher`; max_overridden is `MAX_OVERRIDDEN` unless given.
+        matching: options of `BackgroundMatcher`.
 
     Attributes:
         processor: the copy of the image processor.
@@ -110,7 +107,6 @@ class FrameSplitter:
             )
         # A processor has one matcher: a second splitter of the same processor would replace the first one's.
         self.processor = images.twin()
-        matching = {"max_overridden": MAX_OVERRIDDEN, **matching}
         self.matcher = self.processor.enable_background_matching(tolerance, **matching)
         self._encoded: OrderedDict[str, bytes] = OrderedDict()
         self._lock = threading.Lock()
@@ -154,8 +150,8 @@ class FrameSplitter:
         items = tuple(self.item(group) for group in groups)
         report: MatchReport | None = self._report.value
         reused = 0
-        if report is not None and report.reference is not None and not report.refreshed:
-            reused = int((~report.fresh).sum())
+        if report is not None and report.reference is not None:
+            reused = int((~report.encoded).sum())
         return SplitFrame(items, reused, len(groups[0].patch_mask))
 
     def item(self, group: PatchGroup) -> GroupItem:

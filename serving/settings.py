@@ -59,7 +59,7 @@ class Matching(BaseModel):
     Attributes:
         tolerance: largest staleness that is reused, grey levels.
         min_reuse: smallest share of the image's patches that a match must reuse.
-        max_overridden: largest share of a reference's patches that may be overridden; the default is `FrameSplitter`'s.
+        max_overridden: largest share of a reference's patches that may be overridden for no known reason.
         max_references: references kept, of all tenants together.
         ttl: seconds after which a reference is forgotten; None: never.
     """
