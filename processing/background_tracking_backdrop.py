@@ -24,15 +24,15 @@ from .patch_noise_backdrop import PatchNoise
 from .staleness_backdrop import measured_patches, reusable_patches
 from .unexplained_changes_backdrop import ChangeWatch
 
-WINDOW = 6  # frames in the running mean: noise falls, and slow drift is still followed
+WINDOW = 4  # frames in the running mean: noise falls, and slow drift is still followed
 SETTLED_LONG = (
     16  # frames without a change after which a patch may be in the first layer, if it hardly ever changes
 )
-SETTLED_LATELY = 1  # the same for the second layer
+SETTLED_LATELY = 2  # the same for the second layer
 CHANGE_RATE = 0.08  # of the running share of frames in which a patch changed
 RARELY, OFTEN = 0.15, 0.6  # such shares: the most to enter the first layer, and the second
 TOO_OFTEN = 0.35  # the same to stay in the first
-SHOWN_RATE = 0.03  # of the running share of frames in which a patch showed what its first layer shows
+SHOWN_RATE = 0.06  # of the running share of frames in which a patch showed what its first layer shows
 SHOWN_ENOUGH = 0.7  # such a share, below which a patch is disowned
 STALE_PRICE = (
     1.0  # what a stale token costs, in encodings of a patch, where a new first layer would not have it

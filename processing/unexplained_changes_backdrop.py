@@ -13,8 +13,8 @@ from .staleness_backdrop import reusable_patches
 SHOWS, JUMPED, MOVES, DRIFTED = range(4)
 REMEMBERED = 3  # frames with unexplained changes that are kept, to see whether a change stays
 RESTLESS = 0.3  # a patch that changes in this share of frames comes and goes
-MOTION_MEMORY = 30  # frames for which a patch in which something moved explains changes around it
-NEARBY = 2  # patches: what moves explains changes so far around it
+MOTION_MEMORY = 60  # frames for which a patch in which something moved explains changes around it
+NEARBY = 3  # patches: what moves explains changes so far around it
 
 
 class ChangeWatch:
