@@ -62,7 +62,7 @@ def run_camera(
     *,
     processor: BackdropImageProcessor | None = None,
     tolerance: float,
-    min_reuse: float = 0.3,
+    min_reuse: float = 0.2,
     matching: dict | None = None,
     references_path: str | Path | None = None,
     json_path: str | Path | None = None,

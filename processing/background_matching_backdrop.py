@@ -72,7 +72,7 @@ class BackgroundMatcher:
         self,
         patch_size: int,
         tolerance: float = 0.0,
-        min_reuse: float = 0.3,
+        min_reuse: float = 0.2,
         max_overridden: float = 0.1,
         detect: str = "on_miss",
         max_references: int = 256,

@@ -173,13 +173,12 @@ def _filtered_peaks(cells: np.ndarray, patch_size: int) -> np.ndarray:
 
 
 def _median_around(values: np.ndarray) -> np.ndarray:
-    """The median of every other patch within `AROUND` patches: `[g, g]` -> `[g, g]`; at the border there are fewer kinds."""
-    reach = min(AROUND, values.shape[0] - 1)
-    padded = np.pad(values, reach, mode="reflect") if reach else values
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * reach + 1, 2 * reach + 1))[..., ::2, ::2]
-    flat = windows.reshape(*values.shape, -1)
+    """The median of every other patch within `AROUND` patches: `[g, g]` -> `[g, g]`; at the border, of those nearest to it."""
+    reach = min(AROUND, (values.shape[0] - 1) // 2)
+    windows = np.lib.stride_tricks.sliding_window_view(values, (2 * reach + 1, 2 * reach + 1))[..., ::2, ::2]
+    flat = windows.reshape(*windows.shape[:2], -1)
     middle = flat.shape[-1] // 2
-    return np.partition(flat, middle, axis=-1)[..., middle]
+    return np.pad(np.partition(flat, middle, axis=-1)[..., middle], reach, mode="edge")
 
 
 def _signed_difference(reference: np.ndarray, image: np.ndarray, patch_size: int) -> np.ndarray:

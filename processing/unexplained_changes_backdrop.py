@@ -14,6 +14,9 @@ SHOWS, JUMPED, MOVES, DRIFTED = range(4)
 REMEMBERED = 3  # frames with unexplained changes that are kept, to see whether a change stays
 RESTLESS = 0.3  # a patch that changes in this share of frames comes and goes
 MOTION_MEMORY = 60  # frames for which a patch in which something moved explains changes around it
+MANY_JUMPS = (
+    3  # so often may a patch turn into something else; one that does it more often comes and goes (a clock)
+)
 NEARBY = 3  # patches: what moves explains changes so far around it
 
 
@@ -29,6 +32,7 @@ class ChangeWatch:
         self._patch_size = patch_size
         self._state = np.full(patches, SHOWS, dtype=np.uint8)
         self._since_motion = np.full(patches, MOTION_MEMORY + 1, dtype=np.int32)  # frames
+        self._jumps = np.zeros(patches, dtype=np.int32)
         self._seen: list[tuple[np.ndarray, np.ndarray]] = []  # frame [S, S, 3], its unexplained patches [P]
 
     @property
@@ -43,7 +47,7 @@ class ChangeWatch:
     def branch(self) -> "ChangeWatch":
         """A watch of another background of the same place: it knows where things move."""
         other = ChangeWatch(len(self._state), self._patch_size)
-        other._since_motion = self._since_motion.copy()
+        other._since_motion, other._jumps = self._since_motion.copy(), self._jumps.copy()
         return other
 
     def unexplained(
@@ -62,12 +66,14 @@ class ChangeWatch:
         self._state = np.where(
             stale, np.where(begins, np.where(unchanged, DRIFTED, JUMPED), again), SHOWS
         ).astype(np.uint8)
+        self._jumps += begins & (self._state == JUMPED)
         self._since_motion += 1
         self._since_motion[self._state == MOVES] = 0
         moving = (self._since_motion <= MOTION_MEMORY) | objects
         if moving.any():
             moving = grow_patches(moving, NEARBY)
-        return (self._state == JUMPED) & ~moving & (restless < RESTLESS)
+        settles = (self._jumps <= MANY_JUMPS) & (restless < RESTLESS)
+        return (self._state == JUMPED) & ~moving & settles
 
     def stays(self, image: np.ndarray, unexplained: np.ndarray, tolerance: float) -> np.ndarray:
         """Those of the unexplained patches whose change was seen before and is the same still, bool `[P]`.
@@ -95,7 +101,7 @@ class ChangeWatch:
     def remember(self, image: np.ndarray, unexplained: np.ndarray) -> None:
         """Keeps a frame whose unexplained changes may stay; `[S, S, 3]` and bool `[P]`."""
         if unexplained.any():
-            self._seen = [*self._seen[-REMEMBERED + 1 :], (image, unexplained)]
+            self._seen = [*self._seen[-REMEMBERED + 1 :], (image.copy(), unexplained)]
 
     def forget(self, patches: np.ndarray) -> None:
         """Takes what bool `[P]` shows as explained, in the frames kept too."""

@@ -67,7 +67,7 @@ class Matching(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     tolerance: Annotated[float, Field(ge=0, le=255)] = 10.0
-    min_reuse: Annotated[float, Field(gt=0, le=1)] = 0.3
+    min_reuse: Annotated[float, Field(gt=0, le=1)] = 0.2
     max_overridden: Annotated[float, Field(ge=0, le=1)] = 0.1
     max_references: Count = 1024
     ttl: Positive | None = 24 * 3600.0

@@ -79,7 +79,7 @@ def camera(
     tolerance: Tolerance = 10.0,
     min_reuse: Annotated[
         float, typer.Option(help="Smallest share (0-1) of patches that a match must reuse.")
-    ] = 0.3,
+    ] = 0.2,
     model: Annotated[
         str | None,
         typer.Option(help="Backdrop model whose image size and detector are used.", callback=known_model),

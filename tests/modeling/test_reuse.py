@@ -84,9 +84,15 @@ def test_too_much_override_is_refused():
     matcher.add(reference, np.ones(16, dtype=bool))
     image = reference.copy()
     image[:14] = 9  # 4 of 16 patches
-    assert matcher.match(image).fresh.sum() == 4
-    image[14:28, :14] = 9  # 5 of 16
-    assert matcher.match(image) is None
+    find_nothing = lambda: np.zeros(16, dtype=bool)  # noqa: E731
+    match = matcher.accept(image, matcher.find(image), find_objects=find_nothing)
+    assert match.fresh.sum() == 4
+    image[14:28, :14] = 7  # 5 of 16
+    assert matcher.accept(image, matcher.find(image), find_objects=find_nothing) is None
+    assert matcher.stats()["refused"] == 1
+    # What the detector sees is explained.
+    match = matcher.accept(image, matcher.find(image), find_objects=lambda: np.arange(16) < 5)
+    assert match.fresh.sum() == 5 and matcher.stats()["detector_runs"] == 2
 
 
 def test_the_reference_with_the_least_to_compute_is_chosen():
@@ -115,7 +121,7 @@ def test_namespaces_bypass_clear_ttl_and_bytes(image_processor, detector):
     for step in range(5):
         matcher.add(np.full((56, 56, 3), step, dtype=np.uint8), np.ones(16, dtype=bool))
     assert matcher.stats()["references"] == 4
-    assert matcher.stats()["file_bytes"] == 4 * (56 * 56 * 3 + 16)
+    assert matcher.stats()["file_bytes"] == 8 * (56 * 56 * 3 + 5 * 16)  # room for two layers each
     with matcher.scope(namespace="a"):  # the namespace with most gave way
         assert matcher.match(np.asarray(scene(14, 14))) is not None
         for step in range(5):
