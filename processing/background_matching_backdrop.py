@@ -185,7 +185,7 @@ class BackgroundMatcher:
             ruled_out += sample_differs and found is None
             if ruled_out == 2:  # the others promise even less
                 break
-            if found is not None and (best is None or found.fresh.sum() < best.fresh.sum()):
+            if found is not None and (best is None or _costs(found) < _costs(best)):
                 best, best_score = found, candidate.score
         return best
 
@@ -319,8 +319,7 @@ class BackgroundMatcher:
         if changed.any() or (excessive and (tracker is None or tracker.looks_due())):
             found = look()
             if found is not None and found.any():
-                near = grow_patches(found, 1)
-                unexplained, changed = unexplained & ~near, changed & ~near
+                unexplained, changed = unexplained & ~found, changed & ~found
             excessive = self._is_excessive(match, unexplained, look)
             if tracker is not None:
                 with self._lock:
@@ -612,6 +611,11 @@ class BackgroundMatcher:
             f"{stats['bytes'] / 2**20:.1f} MiB, {stats['matches']} matches, {stats['misses']} misses, "
             f"{stats['refreshes']} refreshes)"
         )
+
+
+def _costs(match: Match) -> tuple[int, int, int]:
+    """Sorts matches: the fewest fresh patches; then one whose second layer may take up what changes; then the latest."""
+    return int(match.fresh.sum()), -len(match.reference.layers), -match.reference.reference_id
 
 
 class _Look:

@@ -24,13 +24,9 @@ from .patch_noise_backdrop import PatchNoise
 from .staleness_backdrop import measured_patches, reusable_patches
 from .unexplained_changes_backdrop import ChangeWatch
 
-WINDOW, LONG_WINDOW = (
-    4,
-    12,
-)  # frames in the running mean, lately and long at rest: noise falls, and slow drift is still followed
-SETTLED_LONG = (
-    16  # frames without a change after which a patch may be in the first layer, if it hardly ever changes
-)
+WINDOW = 4  # frames in the running mean: noise falls, and slow drift is still followed
+# Frames without a change after which a patch may be in the first layer, if it hardly ever changes.
+SETTLED_LONG = 16
 SETTLED_LATELY = 2  # the same for the second layer
 CHANGE_RATE = 0.08  # of the running share of frames in which a patch changed
 RARELY, OFTEN = 0.15, 0.6  # such shares: the most to enter the first layer, and the second
@@ -202,8 +198,7 @@ class BackgroundTracker:
             changed = ~unchanged.reshape(cells.shape[0], -1)
             estimate.swapaxes(1, 2)[changed] = cells.swapaxes(1, 2)[changed]
             return
-        window = np.clip(self.age // 4, WINDOW, LONG_WINDOW)
-        weights = (1 / np.minimum(self.age, window)).astype(np.float32)
+        weights = (1 / np.minimum(self.age, WINDOW)).astype(np.float32)
         step = cells - self._mean
         step *= weights.reshape(cells.shape[0], 1, -1, 1)
         self._mean += step

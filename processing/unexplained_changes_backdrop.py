@@ -33,6 +33,7 @@ class ChangeWatch:
         self._state = np.full(patches, SHOWS, dtype=np.uint8)
         self._since_motion = np.full(patches, MOTION_MEMORY + 1, dtype=np.int32)  # frames
         self._jumps = np.zeros(patches, dtype=np.int32)
+        self._was_stale = np.zeros(patches, dtype=bool)
         self._seen: list[tuple[np.ndarray, np.ndarray]] = []  # frame [S, S, 3], its unexplained patches [P]
 
     @property
@@ -62,11 +63,13 @@ class ChangeWatch:
             objects: bool `[P]`, where a detector found objects that have not changed since.
         """
         begins = self._state == SHOWS
-        again = np.where(unchanged, self._state, MOVES)
-        self._state = np.where(
-            stale, np.where(begins, np.where(unchanged, DRIFTED, JUMPED), again), SHOWS
-        ).astype(np.uint8)
-        self._jumps += begins & (self._state == JUMPED)
+        # What moves enters some patches and leaves others; what is replaced (a third sign) fills the same ones.
+        border = grow_patches(stale ^ self._was_stale, 1) if stale.any() else stale
+        again = np.where(unchanged, self._state, np.where(border, MOVES, JUMPED))
+        first = np.where(unchanged, DRIFTED, JUMPED)
+        self._state = np.where(stale, np.where(begins, first, again), SHOWS).astype(np.uint8)
+        self._jumps += stale & ~unchanged & (self._state == JUMPED)
+        self._was_stale = stale
         self._since_motion += 1
         self._since_motion[self._state == MOVES] = 0
         moving = (self._since_motion <= MOTION_MEMORY) | objects

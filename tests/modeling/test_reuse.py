@@ -191,3 +191,44 @@ def test_another_image_with_the_same_background_reuses_tokens_and_prefix(process
     assert after["vision_tokens_reused"] - before["vision_tokens_reused"] == 15
     ask(Image.new("RGB", (56, 56), (1, 2, 3)))
     assert cache.stats()["tokens_hits"] == after["tokens_hits"]
+
+
+def test_a_refresh_of_the_second_layer_leaves_the_first_ones_tokens_and_prefix(processor, chat_model):
+    """One image, three groups: two layers of its background and what is fresh; cached equals uncached at every step."""
+    matcher = processor.enable_background_matching(tolerance=0)
+    cache = chat_model.enable_background_cache(10**8)
+    reports = []
+    matcher.observer = reports.append
+
+    def ask(image):
+        inputs = processor(images=image, text="USER: <image>\nwhat? ASSISTANT:", return_tensors="pt")
+        before = cache.stats()
+        out = chat_model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        with cache.scope(bypass=True):
+            assert torch.equal(out, chat_model.generate(**inputs, max_new_tokens=4, do_sample=False))
+        after = cache.stats()
+        names = ("vision_tokens_computed", "prefix_hits", "prefix_misses")
+        return inputs, {name: after[name] - before[name] for name in names}
+
+    def sign(colour, moving=None):
+        pixels = np.asarray(scene(width=0)).copy()
+        pixels[42:56, 42:56] = colour
+        if moving is not None:
+            pixels[:14, :14] = moving
+        return Image.fromarray(pixels)
+
+    ask(sign((9, 9, 9)))
+    for colour in (60, 90):  # each change is seen to stay in the second frame
+        for _ in range(2):
+            ask(sign((colour, 20, 120)))
+    first, second = reports[-1].reference.layers
+    inputs, counted = ask(sign((90, 20, 120), moving=(250, 0, 0)))
+    assert inputs["group_kind"].tolist() == [BACKGROUND, BACKGROUND, OBJECT]
+    assert np.array_equal(inputs["patch_mask"][0].numpy(), first.patch_mask)
+    assert np.array_equal(inputs["patch_mask"][1].numpy(), second.patch_mask)
+    assert counted == {"vision_tokens_computed": 1, "prefix_hits": 2, "prefix_misses": 0}
+    ask(sign((200, 20, 20)))
+    _, counted = ask(sign((200, 20, 20)))  # another second layer on the same first one
+    assert reports[-1].reference.layers[0].patch_mask.tolist() == first.patch_mask.tolist()
+    computed = int(reports[-1].reference.layers[1].patch_mask.sum())
+    assert counted == {"vision_tokens_computed": computed, "prefix_hits": 1, "prefix_misses": 1}

@@ -6,6 +6,7 @@ from textures import photographed, texture
 
 from backdrop.processing.background_matching_backdrop import BackgroundMatcher
 from backdrop.processing.patch_groups_backdrop import patch_blocks
+from backdrop.processing.staleness_backdrop import patch_staleness
 
 
 def test_a_reference_grows_where_an_object_stood_and_takes_no_parked_object(image_processor, detector):
@@ -21,7 +22,8 @@ def test_a_reference_grows_where_an_object_stood_and_takes_no_parked_object(imag
     # The detector ran for the first frame, and when the reference was about to be replaced (once for the object alone).
     assert detector.calls <= 3
     moved = image_processor.image_groups([scene(42, 0)])[0]
-    assert np.flatnonzero(moved[1].patch_mask).tolist() == [3]
+    # What the parked object hid was disowned: the prompt held a stale token for it all the time.
+    assert np.flatnonzero(moved[-1].patch_mask).tolist() == [3, 10]
 
 
 def test_objects_parked_in_front_of_an_unseen_background_never_become_part_of_it(image_processor, detector):
@@ -45,7 +47,7 @@ def test_what_passes_by_never_makes_a_reference():
         for (
             layer
         ) in match.reference.layers:  # what is owned is the background, and patches are disowned at most
-            assert (patch_blocks(layer.pixels, 14) == patch_blocks(still, 14))[layer.patch_mask].all()
+            assert patch_staleness(layer.pixels, still, 14)[layer.patch_mask].max() <= 10
     assert matcher.stats()["refreshes"] <= 8 and matcher.stats()["references"] == 1
 
 
