@@ -72,9 +72,10 @@ class ChangeWatch:
         self._was_stale = stale
         self._since_motion += 1
         self._since_motion[self._state == MOVES] = 0
-        moving = (self._since_motion <= MOTION_MEMORY) | objects
+        moving = self._since_motion <= MOTION_MEMORY
         if moving.any():
             moving = grow_patches(moving, NEARBY)
+        moving |= objects  # at rest: it explains itself and nothing beside it
         settles = (self._jumps <= MANY_JUMPS) & (restless < RESTLESS)
         return (self._state == JUMPED) & ~moving & settles
 
