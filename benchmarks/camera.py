@@ -62,7 +62,9 @@ def run_camera(
     *,
     processor: BackdropImageProcessor | None = None,
     tolerance: float,
-    min_reuse: float = 0.3,
+    min_reuse: float = 0.2,
+    matching: dict | None = None,
+    references_path: str | Path | None = None,
     json_path: str | Path | None = None,
     maps_path: str | Path | None = None,
     plot_path: str | Path | None = None,
@@ -76,6 +78,8 @@ def run_camera(
         processor: None: LLaVA-1.5's geometry and no detector. Matching is on during the run and off after it.
         tolerance: largest staleness that is reused, grey levels.
         min_reuse: smallest share of the image's patches that a match must reuse.
+        matching: further options of `BackgroundMatcher`.
+        references_path: folder for the references that are known at the end, as PNG with what they do not own hatched.
         json_path: file for the figures; written on Ctrl-C too, for the frames done, with `"complete": false`.
         maps_path: `.npz` file from which anyone can measure again, see `MapsWriter`.
         plot_path: PNG of the figures over time.
@@ -98,7 +102,7 @@ def run_camera(
     if not processor.has_detector:
         # The processor asks for the class; it calls no more than what this one has.
         processor.set_detector(NoDetector())  # type: ignore[arg-type]
-    run = CameraRun(recording, processor, tolerance, min_reuse)
+    run = CameraRun(recording, processor, tolerance, min_reuse, matching)
     try:
         with contextlib.ExitStack() as stack:
             maps = None if maps_file is None else stack.enter_context(MapsWriter.open(maps_file))
@@ -106,6 +110,8 @@ def run_camera(
             if maps is not None:
                 maps.assemble()
         figures = run.figures(complete=True)
+        if references_path is not None:
+            run.matcher.save_pictures(Path(references_path))
     except KeyboardInterrupt:
         if figures_file is not None:
             _write_json(figures_file, run.figures(complete=False))
@@ -147,7 +153,9 @@ def summary(figures: dict) -> str:
     rest = "" if figures["complete"] else " (stopped early)"
     return (
         f"{figures['source']}: {figures['frames']} frames{rest}, {figures['hits']} hits, {figures['misses']} misses, "
-        f"{figures['refreshes']} refreshes; {figures['share_reused']:.1%} of vision tokens reused; staleness at most "
+        f"{figures['refreshes']} refreshes; {figures['share_reused']:.1%} of vision tokens reused, "
+        f"{figures['stale_share']:.1%} stale in the prompt ({figures['hidden_share']:.1%} more hidden by the second layer), "
+        f"{figures['disowned_share']:.1%} disowned, {figures['detector_runs']} detector runs; staleness at most "
         f"{figures['max_stale']:.2f} of {figures['tolerance']:g} grey levels, mean {figures['mean_stale']:.2f}; "
         f"{figures['references']} references, at most {_mebibytes(figures['peak_cache_bytes'])}; "
         f"{figures['frames_per_second']:.1f} frames/s"

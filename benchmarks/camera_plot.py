@@ -37,19 +37,23 @@ def plot(table: dict[str, np.ndarray], figures: dict, path: Path) -> None:
         fontsize=13,
     )
 
-    # A frame at which the reference is renewed matched all the same: it has a mark of its own, no dip in the line.
+    # A frame that makes a layer anew reuses the rest: it has a mark of its own too.
     share = np.where(hit | refresh, table["reused"] / patches, 0.0) * 100
-    counted = (~refresh).astype(float)
-    frames_in_line = np.add.reduceat(counted, starts)
-    mean = np.add.reduceat(share * counted, starts) / np.where(frames_in_line, frames_in_line, np.nan)
+    mean = np.add.reduceat(share, starts) / sizes
+    for name, colour, label in (
+        ("stale", _NEW, "stale in the prompt"),
+        ("disowned", _STALE, "disowned: never rests"),
+    ):
+        drawn = np.add.reduceat(table[name], starts) / sizes / patches * 100
+        reuse.plot(middle, drawn, color=colour, linewidth=1, label=label)
     if binned:
-        shown = np.where(refresh, np.nan, share)
+        shown = share
         low, high = np.fmin.reduceat(shown, starts), np.fmax.reduceat(shown, starts)
         reuse.fill_between(middle, low, high, color=_REUSED, alpha=0.2, linewidth=0, label="least to most")
     label = f"mean of {round(sizes.mean())} frames" if binned else "reused"
     reuse.plot(middle, mean, color=_REUSED, linewidth=1.3, label=label, **marker)
     renewed = {"markerfacecolor": _RENEWED, "markeredgecolor": _REUSED, "markersize": 7, "linestyle": "none"}
-    label = f"matched, reference renewed:\nencoded once more ({refresh.sum()})"
+    label = f"a layer made anew ({refresh.sum()})"
     reuse.plot(index[refresh], share[refresh], "D", label=label, **renewed)
     label = f"new background ({miss.sum()})"
     reuse.plot(index[miss], np.full(miss.sum(), -6), "|", color=_NEW, markersize=9, label=label)

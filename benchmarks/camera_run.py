@@ -32,6 +32,12 @@ COLUMNS = (
     "references",  # kept after the frame
     "bytes",  # everything kept by the matcher after the frame
     "match_ms",
+    "encoded",  # patches
+    "owned",  # patches that the reference owns
+    "stale",  # patches that the reference owns and the fresh group overrides
+    "hidden",  # patches that the second layer shows and the first one shows otherwise
+    "disowned",  # patches that the reference does not own because they keep changing
+    "looks",  # runs of the detector
 )
 
 
@@ -45,16 +51,23 @@ class CameraRun:
     """
 
     def __init__(
-        self, recording: Recording, processor: BackdropImageProcessor, tolerance: float, min_reuse: float
+        self,
+        recording: Recording,
+        processor: BackdropImageProcessor,
+        tolerance: float,
+        min_reuse: float,
+        matching: dict | None = None,
     ):
         self.recording = recording
         self.processor = processor
         self.tolerance = tolerance
-        self.matcher = processor.enable_background_matching(tolerance=tolerance, min_reuse=min_reuse)
+        self.matcher = processor.enable_background_matching(
+            tolerance=tolerance, min_reuse=min_reuse, **(matching or {})
+        )
         self.matcher.observer = self._observe
         self.first_violation: str | None = None
         self.side = self.num_patches = 0
-        # One flat buffer; a row, 72 bytes, is appended in one step, so that Ctrl-C finds whole rows.
+        # One flat buffer; a row is appended in one step, so that Ctrl-C finds whole rows.
         self._rows = array("d")
         self._reports: list[MatchReport] = []
         self._started = time.perf_counter()
@@ -94,8 +107,8 @@ class CameraRun:
         reused, stale_sum, stale_max, beyond = 0, 0.0, 0.0, 0
         if report.reference is not None:
             self._check_groups(groups, report, index)
-            staleness = patch_staleness(report.reference.pixels, report.image, patch_size)
-            used = np.flatnonzero(~report.fresh)
+            staleness = patch_staleness(report.reference.pixels, report.frame, patch_size)
+            used = np.flatnonzero(~report.encoded)
             reused = len(used)
             if reused:
                 stale_sum = float(staleness[used].sum(dtype=np.float64))
@@ -114,24 +127,31 @@ class CameraRun:
             static = int((patch_staleness(before, report.image, patch_size) <= self.tolerance).sum())
         stats = self.matcher.stats()
         state = MISS if report.reference is None else REFRESH if report.refreshed else HIT
-        row = (state, reused, stale_sum, stale_max, static, beyond, stats["references"], stats["bytes"])
-        self._rows.extend(array("d", (*row, match_ms)))
+        row = (
+            state,
+            reused,
+            stale_sum,
+            stale_max,
+            static,
+            beyond,
+            stats["references"],
+            stats["bytes"],
+            match_ms,
+        )
+        masks = (report.encoded, report.owned, report.stale, report.hidden, report.disowned)
+        self._rows.extend(array("d", (*row, *(int(mask.sum()) for mask in masks), report.detector_runs)))
         return report
 
     def _check_groups(self, groups: list[PatchGroup], report: MatchReport, index: int) -> None:
         """Checks that what is measured is what the model gets: the reference's background and the fresh patches."""
-        reference = report.reference
-        background = groups[0]
+        layers = () if report.reference is None else report.reference.layers
         fresh: np.ndarray = np.zeros(self.num_patches, dtype=bool)
-        for group in groups[1:]:
+        for group in groups[len(layers) :]:
             fresh |= group.patch_mask
-        same = (
-            reference is not None
-            and background.kind == BACKGROUND
-            and np.array_equal(background.patch_mask, reference.patch_mask)
-            and np.array_equal(background.pixels, reference.pixels)
-            and np.array_equal(fresh, report.fresh)
-        )
+        same = np.array_equal(fresh, report.fresh) and len(groups) >= len(layers)
+        for group, layer in zip(groups, layers, strict=False):
+            same &= group.kind == BACKGROUND and np.array_equal(group.patch_mask, layer.patch_mask)
+            same &= np.array_equal(group.pixels, layer.pixels)
         if not same:
             raise AssertionError(f"Frame {index}: the groups are not those of the matcher's report.")
 
@@ -145,11 +165,20 @@ class CameraRun:
         table, seconds = self.table(), time.perf_counter() - self._started
         frames, patches = len(table["state"]), self.num_patches
         hit, reused = table["state"] == HIT, table["reused"]
+        stats = self.matcher.stats()
+        shares = {
+            f"{name}_share": float(table[name].sum() / (frames * patches)) if frames else 0.0
+            for name in ("encoded", "owned", "stale", "hidden", "disowned")
+        }
         static = table["static"][~np.isnan(table["static"])]
         return {
             "frames": frames,
             "hits": int(hit.sum()),
-            "share_reused": float(reused[hit].sum() / (frames * patches)) if frames else 0.0,
+            "share_reused": float(reused.sum() / (frames * patches)) if frames else 0.0,
+            **shares,
+            "detector_runs": int(table["looks"].sum()),
+            "restarts": stats["restarts"],
+            "refused": stats["refused"],
             "max_stale": float(table["stale_max"].max(initial=0.0)),
             "mean_stale": float(table["stale_sum"].sum() / reused.sum()) if reused.any() else 0.0,
             "tolerance": self.tolerance,

@@ -2,11 +2,15 @@
 
 The promise: every patch of a new image is either reused with staleness <= tolerance, or freshly encoded. Staleness is
 the largest, over a patch's four quarter blocks, of the mean absolute RGB difference in grey levels. With tolerance 0
-the reused pixels are equal. `reusable_patches` is stricter than the promise: it sees thin lines and small lamps too.
+the reused pixels are equal. `reusable_patches` is stricter than the promise: it sees thin lines and small lamps too, and what stands
+out of the noise of a patch.
+
+A background is what stays. `BackgroundTracker` says when a layer of it is made anew, `ChangeWatch` when it is another background.
 """
 
 import contextlib
 import contextvars
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -15,18 +19,22 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers.utils import logging
 
-from .background_tracking_backdrop import BackgroundTracker
+from .background_layers_backdrop import make_layer, put_patches
+from .background_tracking_backdrop import BackgroundTracker, Proposal
 from .matches_backdrop import Match, MatchReport
 from .option_checks_backdrop import check_flag, check_number, check_path, check_whole_number
-from .patch_groups_backdrop import pixel_mask
+from .patch_groups_backdrop import grow_patches
+from .patch_noise_backdrop import PatchNoise
 from .reference_descriptors_backdrop import Candidate
+from .reference_pictures_backdrop import reference_picture
 from .reference_store_backdrop import KnownBackground, Reference, ReferenceStore
-from .staleness_backdrop import patch_staleness, reusable_patches
+from .staleness_backdrop import measured_patches, patch_staleness, reusable_patches
 
 logger = logging.get_logger(__name__)
 
 MAX_COMPARISONS = 4  # references whose pixels are compared with one image
 SAMPLED_LINE = 4  # every fourth line of patches tells whether a full comparison can succeed
+UNASKED = 3  # times `max_overridden` may be unexplained where there is no detector to ask
 TRACKED_REFERENCES = 16  # this many, the most recently matched, can improve
 
 
@@ -49,18 +57,25 @@ class BackgroundMatcher:
         patch_size: pixels.
         tolerance: largest staleness that is reused, grey levels 0-255; 0: pixels must be equal. 10 suits cameras.
         min_reuse: smallest share of the image's patches that a match must reuse.
-        max_overridden: largest share of the reference's own patches that may be stale and overridden by fresh ones.
-        detect: "on_miss" runs the detector only when no background matches, "always" adds its objects to the fresh
-            patches of a match.
+        max_overridden: largest share of the reference's own patches that may be stale for no known reason: neither is an
+            object there, nor does something come and go. Beyond it the match is refused.
+        detect: "on_miss" runs the detector only where no background matches, where a layer is about to be made anew, and
+            where a change has no other explanation; "always" adds its objects to the fresh patches of every match.
         max_references: references kept over all namespaces; the least recently matched one of the namespace that has
-            most is evicted first. It bounds the bytes: each takes `S * S * 3 + P` in a memory-mapped file, and some 500
-            bytes of memory.
+            most is evicted first. It bounds the bytes: each takes `S * S * 3 + 5 * P` for every layer in a memory-mapped file, and
+            some 500 bytes of memory.
         ttl: seconds after which a reference is forgotten, None: never.
-        refresh: replace a reference by the mean of the frames that matched it, once that pays.
+        refresh: make layers anew, once that pays.
+        layers: 2 keeps what has settled lately in a second layer, 1 in the one there is.
+        learn_noise: where the tolerance is above 0, call fresh what stands out of a patch's own noise, though it is within it.
+        strict: a change that nothing explains starts another reference in the frame in which it is first seen; else in the
+            second that shows it, so that something that merely passes costs no encoding of the background.
         folder: where the memory-mapped files live, None: the system's temporary folder.
 
     Attributes:
         observer: called with a `MatchReport` for every image, in the thread that asks; None: nobody is told.
+        correct: `(reference, image) -> (frame, estimate)`, uint8 `[S, S, 3]` both times: brings an image closer to a reference before
+            it is compared with it; None: images are compared as they are.
 
     Raises:
         ValueError: an option is of the wrong type or out of its range.
@@ -70,12 +85,15 @@ class BackgroundMatcher:
         self,
         patch_size: int,
         tolerance: float = 0.0,
-        min_reuse: float = 0.3,
-        max_overridden: float = 0.3,
+        min_reuse: float = 0.2,
+        max_overridden: float = 0.1,
         detect: str = "on_miss",
         max_references: int = 256,
         ttl: float | None = None,
         refresh: bool = True,
+        layers: int = 2,
+        learn_noise: bool = True,
+        strict: bool = False,
         folder: str | None = None,
     ):
         check_number("tolerance", tolerance, "grey levels from 0 to 255", 0, 255)
@@ -86,7 +104,10 @@ class BackgroundMatcher:
         check_whole_number("max_references", max_references, "1 or more", 1)
         if ttl is not None:
             check_number("ttl", ttl, "seconds above 0, or None", 0, above=True)
-        check_flag("refresh", refresh)
+        for name, value in (("refresh", refresh), ("learn_noise", learn_noise), ("strict", strict)):
+            check_flag(name, value)
+        if layers not in (1, 2):
+            raise ValueError(f"layers is {layers!r}; wanted 1 or 2.")
         if folder is not None:
             check_path("folder", folder, "the path of a folder, or None for the system's temporary one")
         self.patch_size = patch_size
@@ -95,13 +116,31 @@ class BackgroundMatcher:
         self.max_overridden = max_overridden
         self.detect = detect
         self.refresh = refresh
+        self.layers = layers
+        self.learn_noise = learn_noise
+        self.strict = strict
         self.observer: Callable[[MatchReport], None] | None = None
+        self.correct: Callable[[Reference, np.ndarray], tuple[np.ndarray, object]] | None = None
         self._store = ReferenceStore(patch_size, max_references, ttl, folder)
         self._trackers: OrderedDict[int, BackgroundTracker] = OrderedDict()
         self._counts = dict.fromkeys(
-            ("matches", "misses", "refreshes", "expired", "patches_reused", "patches_fresh"), 0
+            (
+                "matches",
+                "misses",
+                "refused",
+                "refreshes",
+                "restarts",
+                "expired",
+                "detector_runs",
+                "patches_reused",
+                "patches_fresh",
+                "patches_stale",
+            ),
+            0,
         )
         self._lock = threading.Lock()
+        # Noise and tracker of the reference that the latest image of this thread just failed to match.
+        self._near = threading.local()
         self._scope = contextvars.ContextVar("background_matching_scope", default=_NO_SCOPE)
         self._is_shared = False  # a named namespace has been opened
 
@@ -171,6 +210,10 @@ class BackgroundMatcher:
             left = "" if outside.namespace is None and namespace is not None else outside.namespace
             self._scope.set(replace(outside, namespace=left))
 
+    @property
+    def _noise_counts(self) -> bool:
+        return self.learn_noise and self.tolerance > 0
+
     def match(self, image: np.ndarray) -> Match | None:
         """`find`, and `accept` what it found: the reference to use for uint8 `[S, S, 3]`, or None."""
         match = self.find(image)
@@ -185,6 +228,7 @@ class BackgroundMatcher:
             image: uint8 `[S, S, 3]` at the model's geometry.
         """
         namespace = self.namespace
+        self._near.noise = self._near.tracker = None
         with self._lock:
             self._counts["expired"] += self._store.remove_expired()
             candidates = self._store.candidates(namespace, image, self.tolerance)
@@ -199,7 +243,7 @@ class BackgroundMatcher:
             ruled_out += sample_differs and found is None
             if ruled_out == 2:  # the others promise even less
                 break
-            if found is not None and (best is None or found.fresh.sum() < best.fresh.sum()):
+            if found is not None and (best is None or _costs(found) < _costs(best)):
                 best, best_score = found, candidate.score
         return best
 
@@ -209,18 +253,54 @@ class BackgroundMatcher:
             if candidate.reference_id not in self._store:  # evicted by another thread meanwhile
                 return None, False
             reference = self._store.read(candidate.reference_id)
-        sample_differs = self._sample_differs(reference, image)
-        found = None if sample_differs else self._compare(reference, image)
-        return found or self._compare_improved(reference, image), sample_differs
+        # The one place where a frame is corrected: staleness, what is fresh and what is learned are about the result.
+        frame, estimate = (image, None) if self.correct is None else self.correct(reference, image)
+        sample_differs = self._sample_differs(reference, frame)
+        found, change = None, None
+        with self._lock:
+            tracker = self._trackers.get(candidate.reference_id)
+            noise = PatchNoise(reference.noise) if tracker is None else tracker.noise.copy()
+            if tracker is not None and not sample_differs:
+                change = tracker.look_at(frame)
+        bounds = noise.bounds() if self._noise_counts else None
+        if not sample_differs:
+            found = self._compare(reference, frame, bounds, None if change is None else change.gradual)
+        found = found or self._compare_improved(reference, frame, bounds)
+        if found is None:
+            if self._noise_counts and not sample_differs:
+                self._learn_from_failure(reference, tracker, noise, frame)
+            return None, sample_differs
+        return replace(found, estimate=estimate, change=change), sample_differs
 
-    def _compare(self, reference: Reference, image: np.ndarray) -> Match | None:
-        """The match with a reference, None where it reuses too little or overrides too much."""
-        same, staleness = reusable_patches(reference.pixels, image, self.patch_size, self.tolerance)
-        reusable = reference.patch_mask & same
-        overridden = 1 - reusable.sum() / reference.patch_mask.sum()
-        if reusable.mean() < self.min_reuse or overridden > self.max_overridden:
+    def _compare(
+        self,
+        reference: Reference,
+        frame: np.ndarray,
+        bounds: np.ndarray | None,
+        excused: np.ndarray | None = None,
+    ) -> Match | None:
+        """The match with a reference, None where it reuses too little."""
+        same, staleness = reusable_patches(
+            reference.pixels, frame, self.patch_size, self.tolerance, bounds, excused
+        )
+        fresh = ~(reference.patch_mask & same)
+        if 1 - fresh.mean() < self.min_reuse:
             return None
-        return Match(reference, ~reusable, staleness)
+        return Match(reference, frame, fresh, staleness, encoded=fresh)
+
+    def _learn_from_failure(
+        self, reference: Reference, tracker: BackgroundTracker | None, noise: PatchNoise, frame: np.ndarray
+    ) -> None:
+        """Keeps what is known of a place for the reference that this frame may become, where the frame just failed to match.
+
+        Of a scene that never rests nothing is reused before it is known that its edges mean nothing.
+        """
+        same, structure = measured_patches(reference.pixels, frame, self.patch_size, self.tolerance)
+        same &= reference.patch_mask
+        if same.mean() < 0.5 * self.min_reuse or (self._near.noise and noise.known <= self._near.noise.known):
+            return
+        noise.observe(structure, same)
+        self._near.noise, self._near.tracker = noise, tracker
 
     def _sample_differs(self, reference: Reference, image: np.ndarray) -> bool:
         """Whether hardly a patch fits in every fourth line of patches; a fifth of the cost of comparing all."""
@@ -236,17 +316,30 @@ class BackgroundMatcher:
         staleness = patch_staleness(of_reference, of_image, p).reshape(len(lines), grid)
         owned = reference.patch_mask.reshape(grid, grid)[list(lines)]
         fitting = (owned & (staleness <= self.tolerance)).sum()
-        return bool(fitting < 0.5 * (1 - self.max_overridden) * owned.sum())
+        return bool(fitting < 0.5 * self.min_reuse * owned.size)
 
-    def _compare_improved(self, reference: Reference, image: np.ndarray) -> Match | None:
+    def _compare_improved(
+        self, reference: Reference, frame: np.ndarray, bounds: np.ndarray | None
+    ) -> Match | None:
         """The match with what the frames of a reference show by now, where the reference itself is too stale."""
         with self._lock:
             tracker = self._trackers.get(reference.reference_id) if self.refresh else None
-            if tracker is None:
+            proposal = None if tracker is None else tracker.propose(0)
+            if tracker is None or proposal is None:
                 return None
-            pixels, owned = tracker.proposal(reference.pixels, reference.patch_mask)
-        match = self._compare(Reference(pixels, owned, reference.reference_id), image)
-        return None if match is None else replace(match, refreshed=True)
+            noise = tracker.noise.levels.copy()
+        improved = Reference.of_layers(proposal.layers, reference.reference_id, noise, self.patch_size)
+        match = self._compare(improved, frame, bounds)
+        return None if match is None else self._renewed(match, proposal)
+
+    @staticmethod
+    def _renewed(match: Match, proposal: Proposal) -> Match:
+        """The match with layers that are encoded for it."""
+        new = proposal.layers if proposal.first_is_new else proposal.layers[1:]
+        encoded = np.logical_or.reduce([match.fresh, *(layer.patch_mask for layer in new)])
+        return replace(match, encoded=encoded, refreshed=True)
+
+    # ---- what becomes of a match
 
     def accept(
         self,
@@ -254,49 +347,222 @@ class BackgroundMatcher:
         match: Match,
         objects: np.ndarray | None = None,
         find_objects: Callable[[], np.ndarray] | None = None,
-    ) -> Match:
-        """Counts a match, learns from the image, and replaces the reference by a better one where that pays by now.
+    ) -> Match | None:
+        """Counts a match, learns from the image, and makes what should change of the background by now.
 
         Args:
             image: uint8 `[S, S, 3]`, the one that was matched.
             match: what `find` gave for it.
             objects: bool `[P]`, detected objects, which are fresh whatever the reference shows.
-            find_objects: gives the patches of detected objects, bool `[P]`. It is called only where the reference is
-                about to be replaced: a parked object is still an object; without this the running mean absorbs it.
+            find_objects: gives the patches of detected objects, bool `[P]`. It is called at most once, where a layer is about to be
+                made anew (a parked object is still an object; without this the running mean absorbs it), or where a change
+                has no other explanation.
 
         Returns:
-            The match to use: the given one, or one with a refreshed reference.
+            The match to use: the given one, or one with a reference made anew. None: too much of the image differs from the
+            reference for no known reason, so it is to be treated as a new background.
         """
-        reusable = ~match.fresh
+        look = _Look(objects, find_objects)
         with self._lock:
             self._store.mark_used(match.reference.reference_id)
-            improves = self.refresh and self._learn(image, match)
-        if improves:
-            # The lock is not held while a detector runs.
-            parked = objects if objects is not None or find_objects is None else find_objects()
+            tracker = self._tracker_of(match)
+            stale = match.reference.patch_mask & match.fresh
+            unexplained = stale
+            if tracker is not None:
+                unexplained = tracker.update(match.frame, ~match.fresh, match.change, objects)
+        changed = np.zeros_like(stale)
+        if tracker is not None and unexplained.any():
+            changed = self._standing_changes(match, tracker, unexplained)
+        excessive = self._is_excessive(match, unexplained, look)
+        if changed.any() or (excessive and (tracker is None or tracker.looks_due())):
+            found = look()
+            if found is not None and found.any():
+                unexplained, changed = unexplained & ~found, changed & ~found
+            excessive = self._is_excessive(match, unexplained, look)
+            if tracker is not None:
+                with self._lock:
+                    tracker.note_look(found, explained=not unexplained.any())
+        elif excessive:
+            excessive = False  # the last looks found objects; this one is spared
+        if excessive:
             with self._lock:
-                match = self._improve(image, match, parked)
-        objects = np.zeros_like(match.fresh) if objects is None else objects
-        unseen = ~match.reference.patch_mask
-        stale = match.fresh & ~unseen
-        match = Match(match.reference, match.fresh | objects, match.staleness, match.refreshed)
+                self._counts["refused"] += 1
+                self._counts["detector_runs"] += look.runs
+            return None
+        if tracker is not None:
+            match = self._improve(match, tracker, unexplained, changed, look)
+        return self._finish(image, match, tracker, unexplained, objects, look.runs)
+
+    def _is_excessive(self, match: Match, unexplained: np.ndarray, look: "_Look") -> bool:
+        """Whether too much differs from the reference for no known reason; where no detector can tell, more is allowed."""
+        limit = self.max_overridden * (1 if look.possible else UNASKED)
+        return bool(unexplained.sum() > limit * match.reference.patch_mask.sum())
+
+    def _tracker_of(self, match: Match) -> BackgroundTracker | None:
+        """The tracker of a match's reference, made if need be; None where nothing is learned of it. The lock is held."""
+        reference_id = match.reference.reference_id
+        if not self.refresh or reference_id not in self._store:
+            return None  # evicted or replaced by another thread meanwhile; the match holds all the same
+        tracker = self._trackers.pop(reference_id, None)
+        if tracker is None:
+            reference = self._store.read(reference_id)
+            tracker = self._track(
+                reference, put_patches(match.frame, reference.pixels, reference.patch_mask, self.patch_size)
+            )
+        self._trackers[reference_id] = tracker
+        return tracker
+
+    def _track(
+        self, reference: Reference, image: np.ndarray, near: threading.local | None = None
+    ) -> BackgroundTracker:
+        """A tracker for a reference, kept; it knows what is known of a place that looked much the same. The lock is held."""
+        tracker = BackgroundTracker(
+            image, reference.layers, self.patch_size, self.tolerance, reference.noise, self.layers
+        )
+        noise, before = getattr(near, "noise", None), getattr(near, "tracker", None)
+        if before is not None and len(before.age) == len(tracker.age):
+            before.update(image, np.zeros(len(tracker.age), dtype=bool))
+            tracker = before.branch(Proposal(reference.layers, True))
+        if noise is not None and len(noise.levels) == len(tracker.age):
+            tracker.noise = noise
+        self._keep_tracker(reference.reference_id, tracker)
+        return tracker
+
+    def _keep_tracker(self, reference_id: int, tracker: BackgroundTracker) -> None:
+        """Keeps a tracker as the most recently used one, and no more than are allowed. The lock is held."""
+        self._trackers[reference_id] = tracker
+        for known in [known for known in self._trackers if known not in self._store]:
+            del self._trackers[known]
+        while len(self._trackers) > TRACKED_REFERENCES:
+            known, oldest = self._trackers.popitem(last=False)
+            self._store.write_noise(known, oldest.noise.levels)
+
+    def _standing_changes(
+        self, match: Match, tracker: BackgroundTracker, unexplained: np.ndarray
+    ) -> np.ndarray:
+        """Unexplained patches that speak of another background, bool `[P]`; the others are remembered."""
         with self._lock:
+            if self.strict:
+                return unexplained
+            changed = tracker.watch.stays(match.frame, unexplained, self.tolerance)
+            tracker.watch.remember(match.frame, unexplained & ~changed)
+            return changed
+
+    def _improve(
+        self,
+        match: Match,
+        tracker: BackgroundTracker,
+        unexplained: np.ndarray,
+        changed: np.ndarray,
+        look: "_Look",
+    ) -> Match:
+        """The match with another background's reference, with one whose layers are better, or as it is."""
+        if changed.any():
+            around = grow_patches(changed, 1) & (changed | ~match.fresh)
+            with self._lock:
+                proposal = tracker.with_change(match.frame, around, ~match.fresh)
+                self._counts["restarts"] += 1
+                return self._adopt(match, tracker, proposal, keep=True)
+        with self._lock:
+            due = 0 if match.refreshed else tracker.due
+        if due is None:
+            return match
+        parked = look()  # the lock is not held while a detector runs
+        with self._lock:
+            if look.ran:
+                tracker.note_objects(parked)
+            if match.reference.reference_id not in self._store:
+                return match
+            if not match.refreshed and tracker.due is None:
+                tracker.reset_waste(due)
+                return match  # the patches that were encoded freshly time after time were parked objects
+            proposal = tracker.propose(due)
+            if proposal is None:
+                tracker.reset_waste(due)
+                return match
+            return self._adopt(match, tracker, proposal, keep=False)
+
+    def _adopt(self, match: Match, tracker: BackgroundTracker, proposal: Proposal, keep: bool) -> Match:
+        """Stores new layers, of the same background or (`keep`) of another one, and matches with them. The lock is held."""
+        old_id, noise = match.reference.reference_id, tracker.noise.levels.copy()
+        reference = Reference.of_layers(proposal.layers, old_id, noise, self.patch_size)
+        frame = match.frame
+        shown = put_patches(frame, reference.pixels, reference.patch_mask, self.patch_size)
+        if not keep:
+            self._store.remove(old_id)
+            del self._trackers[old_id]
+            tracker.adopt(proposal)
+        stored = self._store.add(self.namespace, shown, proposal.layers, noise)
+        if stored is not None:
+            reference = stored
+            self._keep_tracker(stored.reference_id, tracker.branch(proposal) if keep else tracker)
+            logger.info("background %d: made %d of it", old_id, stored.reference_id)
+        bounds = tracker.noise.bounds() if self._noise_counts else None
+        same, staleness = reusable_patches(
+            reference.pixels, frame, self.patch_size, self.tolerance, bounds, ~match.fresh
+        )
+        fresh = ~(same & reference.patch_mask)
+        return self._renewed(replace(match, reference=reference, fresh=fresh, staleness=staleness), proposal)
+
+    def _finish(
+        self,
+        image: np.ndarray,
+        match: Match,
+        tracker: BackgroundTracker | None,
+        unexplained: np.ndarray,
+        objects: np.ndarray | None,
+        detector_runs: int,
+    ) -> Match:
+        """Counts and reports a match; the detected objects are fresh too."""
+        owned = match.reference.patch_mask
+        nothing = np.zeros_like(owned)
+        stale = match.fresh & owned
+        objects = nothing if objects is None else objects
+        match = replace(match, fresh=match.fresh | objects, encoded=match.encoded | objects)
+        hidden = disowned = nothing
+        with self._lock:
+            if tracker is not None:
+                hidden, disowned = tracker.hidden & ~match.fresh, tracker.disowned & ~owned
             self._counts["matches"] += 1
             self._counts["refreshes"] += match.refreshed
-            self._counts["patches_reused"] += 0 if match.refreshed else int((~match.fresh).sum())
-            self._counts["patches_fresh"] += len(reusable) if match.refreshed else int(match.fresh.sum())
+            self._counts["detector_runs"] += detector_runs
+            self._counts["patches_reused"] += int((~match.encoded).sum())
+            self._counts["patches_fresh"] += int(match.encoded.sum())
+            self._counts["patches_stale"] += int((owned & match.fresh).sum())
         logger.debug(
             "background %d: %d of %d patches reused%s",
             match.reference.reference_id,
-            (~match.fresh).sum(),
+            (~match.encoded).sum(),
             len(match.fresh),
             ", refreshed" if match.refreshed else "",
         )
-        self._report(image, match.reference, match.fresh, unseen, stale, objects, match.refreshed)
+        if self.observer is not None:
+            self.observer(
+                MatchReport(
+                    image=image,
+                    frame=match.frame,
+                    reference=match.reference,
+                    fresh=match.fresh,
+                    encoded=match.encoded,
+                    unseen=~owned,
+                    stale=stale,
+                    hidden=hidden,
+                    disowned=disowned,
+                    objects=objects,
+                    unexplained=unexplained & stale,
+                    refreshed=match.refreshed,
+                    detector_runs=detector_runs,
+                    estimate=match.estimate,
+                )
+            )
         return match
 
     def miss(
-        self, image: np.ndarray, patch_mask: np.ndarray | None, objects: np.ndarray | None = None
+        self,
+        image: np.ndarray,
+        patch_mask: np.ndarray | None,
+        objects: np.ndarray | None = None,
+        detector_runs: int = 0,
     ) -> None:
         """Counts an image that matched nothing, and remembers the background found in it.
 
@@ -304,22 +570,69 @@ class BackgroundMatcher:
             image: uint8 `[S, S, 3]`.
             patch_mask: bool `[P]`, the patches of its background; None: it has none.
             objects: bool `[P]`, the patches of its objects.
+            detector_runs: how often the detector looked at it.
         """
         if patch_mask is not None:
-            self.add(image, patch_mask)
+            self.add(image, patch_mask, objects)
         patches = (image.shape[0] // self.patch_size) ** 2
         with self._lock:
             self._counts["misses"] += 1
+            self._counts["detector_runs"] += detector_runs
             self._counts["patches_fresh"] += patches
+        if self.observer is None:
+            return
         everything, nothing = np.ones(patches, dtype=bool), np.zeros(patches, dtype=bool)
-        self._report(
-            image, None, everything, everything, nothing, nothing if objects is None else objects, False
+        self.observer(
+            MatchReport(
+                image=image,
+                frame=image,
+                reference=None,
+                fresh=everything,
+                encoded=everything,
+                unseen=everything,
+                stale=nothing,
+                hidden=nothing,
+                disowned=nothing,
+                objects=nothing if objects is None else objects,
+                unexplained=nothing,
+                refreshed=False,
+                detector_runs=detector_runs,
+            )
         )
 
-    def add(self, image: np.ndarray, patch_mask: np.ndarray) -> None:
-        """Remembers a background: a frame uint8 `[S, S, 3]` and the patches of it that are background, `[P]` bool."""
+    def add(self, image: np.ndarray, patch_mask: np.ndarray, objects: np.ndarray | None = None) -> None:
+        """Remembers a background.
+
+        Args:
+            image: uint8 `[S, S, 3]`, a frame of it.
+            patch_mask: bool `[P]`, the patches of the frame that are background.
+            objects: bool `[P]`, the patches of detected objects, if a detector looked.
+        """
         with self._lock:
-            self._store.add(self.namespace, image, patch_mask)
+            layers = (make_layer(image, patch_mask, self.patch_size),)
+            reference = self._store.add(self.namespace, image, layers)
+            if reference is not None and self.refresh:
+                tracker = self._track(reference, image, near=self._near)
+                if objects is not None:
+                    tracker.note_objects(objects)
+
+    def save_pictures(self, folder: str | os.PathLike) -> list[str]:
+        """Writes every reference as a PNG in which what it does not own is hatched.
+
+        Args:
+            folder: made if need be.
+
+        Returns:
+            The names of the files, in the order in which the references were made.
+        """
+        with self._lock:
+            references = [self._store.read(reference_id) for reference_id in sorted(self._store.ids)]
+        os.makedirs(folder, exist_ok=True)
+        names = []
+        for reference in references:
+            names.append(f"reference-{reference.reference_id:06d}.png")
+            reference_picture(reference, self.patch_size).save(os.path.join(folder, names[-1]))
+        return names
 
     def clear(self, namespace: str | None = None) -> None:
         """Forgets the references of a namespace, or of all with None; the counters stay."""
@@ -376,52 +689,32 @@ class BackgroundMatcher:
             f"{stats['refreshes']} refreshes)"
         )
 
-    def _learn(self, image: np.ndarray, match: Match) -> bool:
-        """Takes the image into the reference's running mean; returns whether the reference should be replaced now."""
-        old = match.reference
-        if old.reference_id not in self._store:
-            return False  # evicted or replaced by another thread meanwhile; the match holds all the same
-        tracker = self._trackers.pop(old.reference_id, None)
-        if tracker is None:
-            tracker = BackgroundTracker(image, self.patch_size, self._tolerance)
-        else:
-            tracker.update(image, match.fresh)
-        self._trackers[old.reference_id] = tracker
-        for known in [known for known in self._trackers if known not in self._store]:
-            del self._trackers[known]
-        while len(self._trackers) > TRACKED_REFERENCES:
-            self._trackers.popitem(last=False)
-        return match.refreshed or tracker.pays(old.patch_mask)
 
-    def _improve(self, image: np.ndarray, match: Match, objects: np.ndarray | None) -> Match:
-        """The match with a better reference, which is stored; the given match where that does not pay after all."""
-        old = match.reference
-        tracker = self._trackers.get(old.reference_id)
-        if tracker is None or old.reference_id not in self._store:
-            return match
-        if objects is not None:
-            tracker.note_objects(objects)
-        # The reference of a refreshed match is a proposal already; the stored one is what it was made from.
-        kept = self._store.read(old.reference_id)
-        if not match.refreshed and not tracker.pays(kept.patch_mask):
-            return match  # the patches that were encoded freshly time after time were parked objects
-        tracker.reset_waste()
-        pixels, owned = tracker.proposal(kept.pixels, kept.patch_mask)
-        same, staleness = reusable_patches(pixels, image, self.patch_size, self.tolerance)
-        fresh = ~(same & owned)
-        if not match.refreshed and fresh.sum() >= match.fresh.sum():
-            return match  # what it would have saved in earlier frames is not in this one
-        namespace = self.namespace
-        self._store.remove(old.reference_id)
-        del self._trackers[old.reference_id]
-        shown = np.where(pixel_mask(owned, image.shape[0], self.patch_size)[..., None], pixels, image)
-        reference = self._store.add(namespace, shown, owned)
-        if reference is None:
-            return Match(Reference(pixels, owned, old.reference_id), fresh, staleness, refreshed=True)
-        self._trackers[reference.reference_id] = tracker
-        logger.info("background %d replaced by %d", old.reference_id, reference.reference_id)
-        return Match(reference, fresh, staleness, refreshed=True)
+def _costs(match: Match) -> tuple[int, int, int]:
+    """Sorts matches: the fewest fresh patches; then one whose second layer may take up what changes; then the latest."""
+    return int(match.fresh.sum()), -len(match.reference.layers), -match.reference.reference_id
 
-    def _report(self, *values) -> None:
-        if self.observer is not None:
-            self.observer(MatchReport(*values))
+
+class _Look:
+    """What the detector sees in one image; it looks once at most, and not at all where that is known."""
+
+    def __init__(self, objects: np.ndarray | None, find_objects: Callable[[], np.ndarray] | None):
+        self._objects, self._find = objects, find_objects
+        self.runs = 0
+
+    @property
+    def possible(self) -> bool:
+        """Whether there is a detector, or has been."""
+        return self._objects is not None or self._find is not None
+
+    @property
+    def ran(self) -> bool:
+        """Whether it is known where objects are."""
+        return self._objects is not None
+
+    def __call__(self) -> np.ndarray | None:
+        """Bool `[P]`, the patches of detected objects; None without a detector."""
+        if self._objects is None and self._find is not None:
+            self.runs += 1
+            self._objects = self._find()
+        return self._objects

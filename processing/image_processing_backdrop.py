@@ -21,6 +21,7 @@ from .image_options_backdrop import BackdropImagesKwargs, check_options
 from .image_preparation_backdrop import crop_warning, placed_image, prepared_images
 from .image_splitting_backdrop import ImageSplitter, whole_image_group
 from .live_state_backdrop import LiveState
+from .matching_presets_backdrop import matching_options
 from .patch_groups_backdrop import PatchGroup, only_patches
 from .picture_placement_backdrop import PicturePlacement
 from .pixel_values_backdrop import pixel_values
@@ -250,6 +251,8 @@ class BackdropImageProcessor(PilBackend):
             split = splitter.split(images)
         else:
             split = splitter.split_matched(images, matcher)
+        if not options["background_first"]:
+            split = [sorted(groups, key=lambda group: -group.kind) for groups in split]
         # Up to here padding is background like any other, so that the matcher needs to know nothing of it.
         return _without_padding(split, placement, options)
 
@@ -265,7 +268,13 @@ class BackdropImageProcessor(PilBackend):
             overlap=options["overlap"],
             min_coverage=options["min_coverage"],
             find_objects=find_objects,
+            finds_anything=self._finds_anything(options),
         )
+
+    def _finds_anything(self, options: dict) -> bool:
+        """Whether the detector can find objects: a stand-in that knows no class tells nothing about an image."""
+        loaded = self._live.detectors.loaded
+        return options["detector"] is not None or loaded is None or bool(loaded.names)
 
     def _detections(self, images, placements, options: dict) -> list[Detections]:
         detector = self._live.detectors.load(options["detector"], options["detector_device"])
@@ -283,14 +292,22 @@ class BackdropImageProcessor(PilBackend):
         """The matcher, None while matching is off."""
         return self._live.matcher
 
-    def enable_background_matching(self, tolerance: float = 0.0, **options) -> BackgroundMatcher:
+    def enable_background_matching(
+        self, preset: str | float | None = None, *, tolerance: float | None = None, **options
+    ) -> BackgroundMatcher:
         """From now on known backgrounds are recognised and a reference's pixels stand for them.
 
         Args:
+            preset: "screen" (tolerance 0) or "camera" (10, noise learned); a number is a tolerance.
             tolerance: largest staleness that is reused, grey levels 0-255; 0: pixels must be equal.
-            options: see `BackgroundMatcher`.
+            options: see `BackgroundMatcher`; they take precedence over the preset's.
+
+        Raises:
+            ValueError: no such preset, or an option out of its range.
         """
-        self._live.matcher = BackgroundMatcher(self.patch_size, tolerance, **options)
+        self._live.matcher = BackgroundMatcher(
+            self.patch_size, **matching_options(preset, tolerance, options)
+        )
         return self._live.matcher
 
     def disable_background_matching(self) -> None:

@@ -63,9 +63,9 @@ class BackdropProcessor(ProcessorMixin):
         """The `BackgroundMatcher`, None while matching is off."""
         return self.image_processor.background_matching
 
-    def enable_background_matching(self, tolerance: float = 0.0, **options):
+    def enable_background_matching(self, preset: str | float | None = None, **options):
         """See `BackdropImageProcessor.enable_background_matching`."""
-        return self.image_processor.enable_background_matching(tolerance, **options)
+        return self.image_processor.enable_background_matching(preset, **options)
 
     def disable_background_matching(self) -> None:
         """See `BackdropImageProcessor.disable_background_matching`."""
@@ -183,13 +183,14 @@ class BackdropProcessor(ProcessorMixin):
         return ["groups_per_image"]
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
-        """Upper bound of the tokens per image: two groups, both with their extras and separators."""
+        """Upper bound of the tokens per image: two layers of a background and a fresh group, each with extras and separators."""
         if image_sizes is None:
             return MultiModalData()
+        # A patch can be in every group: one that both layers show otherwise than a matched image.
+        groups = 3
         images = self.image_processor
-        around = 2 * self.extra_tokens_per_group + 4 * self.use_separators
-        # A patch can be in both groups: a stale one of a matched image, or one in the ring of an overlapping split.
-        tokens = [2 * images.num_picture_patches(width, height) + around for height, width in image_sizes]
+        around = groups * (self.extra_tokens_per_group + 2 * self.use_separators)
+        tokens = [groups * images.num_picture_patches(width, height) + around for height, width in image_sizes]
         return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(image_sizes))
 
     # ---- saving and loading

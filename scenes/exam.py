@@ -30,6 +30,7 @@ from backdrop.evaluation.answering import Answerer, PreparedImages, load
 from backdrop.evaluation.predictions import Predictions, model_fingerprint
 
 from .exam_report import form_report, write_report
+from .rows import STALE_OVERRIDDEN
 from .world import (
     FAMILIES,
     Question,
@@ -189,6 +190,7 @@ def _prepare(answerer: Answerer, form: Form, cases: list[SceneCase]) -> list[Pre
         if form.earlier == "seen":
             answerer.prepare([[case.earlier_image]])
         else:
+            matcher.max_overridden = STALE_OVERRIDDEN
             (seen,) = answerer.processor.image_processor.model_images([case.earlier_image])
             matcher.add(seen, np.ones((seen.shape[0] // matcher.patch_size) ** 2, dtype=bool))
         prepared += answerer.prepare([[case.image]])

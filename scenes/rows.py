@@ -39,6 +39,7 @@ FEATURES_IN_PARTS = Features({**FEATURES, "messages": STRUCTURED_FEATURES["messa
 
 FORMS = ("whole", "split", "pair", "stale")
 BATCH = 32  # scenes that the detector sees together
+STALE_OVERRIDDEN = 0.3  # share of a reference's patches that a frame may contradict, old objects included
 CAMERA_TOLERANCE = 10.0  # grey levels; noise and light of `disturbed` differ by less between two frames
 # Streets have the most to ask, and what takes longest to learn: places and plates.
 FAMILY_WEIGHTS = {name: scene_family(name).training_weight for name in FAMILIES}
@@ -120,7 +121,8 @@ def rows(
     """
     rng = random.Random(f"rows/{split}/{seed}")
     backgrounds = background_seeds(split)
-    processor.enable_background_matching(tolerance=0, refresh=False)
+    # Whole frames as references show old objects, which nothing in the new frame explains: rows are about overriding them.
+    processor.enable_background_matching(tolerance=0, refresh=False, max_overridden=STALE_OVERRIDDEN)
     progress = tqdm(total=scenes, desc=f"{split} scenes", mininterval=5)
     for start in range(0, scenes, BATCH):
         count = min(BATCH, scenes - start)

@@ -31,9 +31,6 @@ from backdrop.processing.processing_backdrop import BackdropProcessor
 Frame: TypeAlias = Image.Image | np.ndarray | str | os.PathLike[str]
 KEY_BYTES = 20
 FAST_COMPRESSION = 1  # zlib level of the PNGs, which are sent once and not kept
-# Less than the matcher's own 0.3: the backgrounds of two strangers may differ only in a sign. With 0.3 they match, the
-# stale sign stays in the prompt beside the fresh one, and the model may read the wrong one (docs/results/serving.md).
-MAX_OVERRIDDEN = 0.1
 ENCODED_GROUPS = 64  # PNGs kept of the backgrounds that were sent last, since the same ones are sent again
 
 
@@ -64,7 +61,7 @@ class SplitFrame:
     """A frame's patch groups.
 
     Attributes:
-        items: the background and the objects, in this order; one of the two may be missing.
+        items: the background, in one or two layers, and the objects, in this order; one of the two may be missing.
         reused: patches whose pixels are a reference's.
         total: patches that the groups own: those of the grid, without padding that is left out.
         stale: patches of the reference that fresh ones override.
@@ -79,7 +76,7 @@ class SplitFrame:
 
     @property
     def background(self) -> GroupItem | None:
-        """The background group; None where everything is object."""
+        """The background group, of two layers the one that changes less; None where everything is object."""
         return next((item for item in self.items if item.kind == GROUP_KINDS[BACKGROUND]), None)
 
 
@@ -91,7 +88,7 @@ class FrameSplitter:
         tolerance: largest staleness that is reused, grey levels; 10 suits cameras, 0 reuses equal pixels only.
         fit: what becomes of frames that are not square, "crop", "pad" or "stretch"; None: what the processor says. Groups
             carry it, and an engine refuses those of another fit.
-        matching: options of `BackgroundMatcher`; max_overridden is `MAX_OVERRIDDEN` unless given.
+        matching: options of `BackgroundMatcher`.
 
     Attributes:
         processor: the copy of the image processor.
@@ -119,7 +116,6 @@ class FrameSplitter:
         self.processor = images.twin()
         if fit is not None:
             self.processor.fit = fit
-        matching = {"max_overridden": MAX_OVERRIDDEN, **matching}
         self.matcher = self.processor.enable_background_matching(tolerance, **matching)
         self._encoded: OrderedDict[str, bytes] = OrderedDict()
         self._lock = threading.Lock()
@@ -172,7 +168,7 @@ class FrameSplitter:
         total = int(owned.sum())
         if report is None or report.reference is None:
             return SplitFrame(items, 0, total)
-        reused = 0 if report.refreshed else int((~report.fresh & owned).sum())
+        reused = int((~report.encoded & owned).sum())
         return SplitFrame(items, reused, total, int(report.stale.sum()), report.reference.reference_id)
 
     def item(self, group: PatchGroup) -> GroupItem:

@@ -65,7 +65,7 @@ class Matching(BaseModel):
     Attributes:
         tolerance: largest staleness that is reused, grey levels.
         min_reuse: smallest share of the image's patches that a match must reuse.
-        max_overridden: largest share of a reference's patches that may be overridden; the default is `FrameSplitter`'s.
+        max_overridden: largest share of a reference's patches that may be overridden for no known reason.
         max_references: references kept, of all tenants together.
         ttl: seconds after which a reference is forgotten; None: never.
     """
@@ -73,7 +73,7 @@ class Matching(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     tolerance: Annotated[float, Field(ge=0, le=255)] = 10.0
-    min_reuse: Annotated[float, Field(gt=0, le=1)] = 0.3
+    min_reuse: Annotated[float, Field(gt=0, le=1)] = 0.2
     max_overridden: Annotated[float, Field(ge=0, le=1)] = 0.1
     max_references: Count = 1024
     ttl: Positive | None = 24 * 3600.0

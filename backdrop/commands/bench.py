@@ -79,7 +79,7 @@ def camera(
     tolerance: Tolerance = 10.0,
     min_reuse: Annotated[
         float, typer.Option(help="Smallest share (0-1) of patches that a match must reuse.")
-    ] = 0.3,
+    ] = 0.2,
     model: Annotated[
         str | None,
         typer.Option(help="Backdrop model whose image size and detector are used.", callback=known_model),
@@ -94,6 +94,16 @@ def camera(
         typer.Option(help=".npz of frames, references and fresh patches, to check the bound with."),
     ] = None,
     plot: Plot = None,
+    references: Annotated[
+        Path | None, typer.Option(help="Folder for the references as PNG; what they do not own is hatched.")
+    ] = None,
+    detector: Annotated[
+        str | None, typer.Option(help="Detector (a name or a file of ultralytics) that explains objects.")
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Layers of a background, 1 or 2.")] = 2,
+    strict: Annotated[
+        bool, typer.Option(help="Start another reference in the frame in which a change is first seen.")
+    ] = False,
 ) -> None:
     """Match a recording frame by frame: how much is reused, how stale it is. No language model."""
     from backdrop.benchmarks.camera import default_processor, run_camera, summary
@@ -104,11 +114,15 @@ def camera(
         if model is None
         else BackdropImageProcessor.from_pretrained(model)
     )
+    if detector is not None:
+        processor.detector = detector
     figures = run_camera(
         recording,
         processor=processor,
         tolerance=tolerance,
         min_reuse=min_reuse,
+        matching={"layers": layers, "strict": strict},
+        references_path=references,
         json_path=json_file,
         maps_path=maps,
         plot_path=plot,

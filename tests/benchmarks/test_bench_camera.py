@@ -85,9 +85,11 @@ def test_the_figures_follow_from_the_maps(folder, tmp_path):
 
     stale = [
         staleness_by_hand(maps["references"][reference], image, patch)
-        for image, reference, fresh in zip(maps["frames"], maps["reference"], maps["fresh"], strict=True)
+        for image, reference, encoded in zip(
+            maps["corrected"], maps["reference"], maps["encoded"], strict=True
+        )
         if reference >= 0
-        for patch in np.flatnonzero(~fresh)
+        for patch in np.flatnonzero(~encoded)
     ]
     hits = ~missed & ~maps["refreshed"]
     assert 0 < max(stale) <= TOLERANCE
@@ -95,7 +97,14 @@ def test_the_figures_follow_from_the_maps(folder, tmp_path):
     assert figures["mean_stale"] == pytest.approx(np.mean(stale), abs=1e-4)
     assert (figures["frames"], figures["hits"], figures["misses"]) == (40, hits.sum(), missed.sum())
     assert figures["refreshes"] == maps["refreshed"].sum()
-    assert figures["share_reused"] == pytest.approx((~maps["fresh"][hits]).sum() / (40 * tiny.PATCHES))
+    # What is not encoded is reused; a frame that makes a layer anew reuses the rest.
+    assert figures["share_reused"] == pytest.approx((~maps["encoded"]).sum() / (40 * tiny.PATCHES))
+    assert np.array_equal(maps["corrected"], maps["frames"]) and not (maps["fresh"] & ~maps["encoded"]).any()
+    assert np.array_equal(maps["encoded"][hits], maps["fresh"][hits])
+    stale = maps["owned"][maps["reference"][~missed]] & maps["fresh"][~missed]
+    assert figures["stale_share"] == pytest.approx(stale.sum() / (40 * tiny.PATCHES))
+    blank = (maps["references"].reshape(-1, 4, 14, 4, 14, 3) == 0).all(axis=(2, 4, 5)).reshape(-1, 16)
+    assert np.array_equal(~maps["owned"], blank)
     assert figures["share_reused"] > 0.2 and figures["references"] >= 2  # both backgrounds
     assert figures["peak_cache_bytes"] >= figures["references"] * tiny.SIDE**2 * 3
 

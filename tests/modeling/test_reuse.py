@@ -84,9 +84,15 @@ def test_too_much_override_is_refused():
     matcher.add(reference, np.ones(16, dtype=bool))
     image = reference.copy()
     image[:14] = 9  # 4 of 16 patches
-    assert matcher.match(image).fresh.sum() == 4
-    image[14:28, :14] = 9  # 5 of 16
-    assert matcher.match(image) is None
+    find_nothing = lambda: np.zeros(16, dtype=bool)  # noqa: E731
+    match = matcher.accept(image, matcher.find(image), find_objects=find_nothing)
+    assert match.fresh.sum() == 4
+    image[14:28, :14] = 7  # 5 of 16
+    assert matcher.accept(image, matcher.find(image), find_objects=find_nothing) is None
+    assert matcher.stats()["refused"] == 1
+    # What the detector sees is explained.
+    match = matcher.accept(image, matcher.find(image), find_objects=lambda: np.arange(16) < 5)
+    assert match.fresh.sum() == 5 and matcher.stats()["detector_runs"] == 2
 
 
 def test_the_reference_with_the_least_to_compute_is_chosen():
@@ -115,7 +121,7 @@ def test_namespaces_bypass_clear_ttl_and_bytes(image_processor, detector):
     for step in range(5):
         matcher.add(np.full((56, 56, 3), step, dtype=np.uint8), np.ones(16, dtype=bool))
     assert matcher.stats()["references"] == 4
-    assert matcher.stats()["file_bytes"] == 4 * (56 * 56 * 3 + 16)
+    assert matcher.stats()["file_bytes"] == 8 * (56 * 56 * 3 + 5 * 16)  # room for two layers each
     with matcher.scope(namespace="a"):  # the namespace with most gave way
         assert matcher.match(np.asarray(scene(14, 14))) is not None
         for step in range(5):
@@ -185,3 +191,44 @@ def test_another_image_with_the_same_background_reuses_tokens_and_prefix(process
     assert after["vision_tokens_reused"] - before["vision_tokens_reused"] == 15
     ask(Image.new("RGB", (56, 56), (1, 2, 3)))
     assert cache.stats()["tokens_hits"] == after["tokens_hits"]
+
+
+def test_a_refresh_of_the_second_layer_leaves_the_first_ones_tokens_and_prefix(processor, chat_model):
+    """One image, three groups: two layers of its background and what is fresh; cached equals uncached at every step."""
+    matcher = processor.enable_background_matching(tolerance=0)
+    cache = chat_model.enable_background_cache(10**8)
+    reports = []
+    matcher.observer = reports.append
+
+    def ask(image):
+        inputs = processor(images=image, text="USER: <image>\nwhat? ASSISTANT:", return_tensors="pt")
+        before = cache.stats()
+        out = chat_model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        with cache.scope(bypass=True):
+            assert torch.equal(out, chat_model.generate(**inputs, max_new_tokens=4, do_sample=False))
+        after = cache.stats()
+        names = ("vision_tokens_computed", "prefix_hits", "prefix_misses")
+        return inputs, {name: after[name] - before[name] for name in names}
+
+    def sign(colour, moving=None):
+        pixels = np.asarray(scene(width=0)).copy()
+        pixels[42:56, 42:56] = colour
+        if moving is not None:
+            pixels[:14, :14] = moving
+        return Image.fromarray(pixels)
+
+    ask(sign((9, 9, 9)))
+    for colour in (60, 90):  # each change is seen to stay in the second frame
+        for _ in range(2):
+            ask(sign((colour, 20, 120)))
+    first, second = reports[-1].reference.layers
+    inputs, counted = ask(sign((90, 20, 120), moving=(250, 0, 0)))
+    assert inputs["group_kind"].tolist() == [BACKGROUND, BACKGROUND, OBJECT]
+    assert np.array_equal(inputs["patch_mask"][0].numpy(), first.patch_mask)
+    assert np.array_equal(inputs["patch_mask"][1].numpy(), second.patch_mask)
+    assert counted == {"vision_tokens_computed": 1, "prefix_hits": 2, "prefix_misses": 0}
+    ask(sign((200, 20, 20)))
+    _, counted = ask(sign((200, 20, 20)))  # another second layer on the same first one
+    assert reports[-1].reference.layers[0].patch_mask.tolist() == first.patch_mask.tolist()
+    computed = int(reports[-1].reference.layers[1].patch_mask.sum())
+    assert counted == {"vision_tokens_computed": computed, "prefix_hits": 1, "prefix_misses": 1}

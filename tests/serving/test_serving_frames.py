@@ -12,7 +12,7 @@ from PIL import Image
 from backdrop.processing.patch_groups_backdrop import BACKGROUND, OBJECT, make_group
 from backdrop.scenes.world import render_scene
 from backdrop.serving import FrameSplitter
-from backdrop.serving.frames import ENCODED_GROUPS, MAX_OVERRIDDEN, group_key
+from backdrop.serving.frames import ENCODED_GROUPS, group_key
 from backdrop.serving.settings import Matching
 
 PATCH = 14
@@ -79,7 +79,8 @@ def test_streets_that_differ_in_their_sign_are_two_backgrounds(example_processor
     first = np.asarray(render_scene("street", 115_900, 1).image)
     second = first.copy()
     second[:42, 28:126] = 255 - second[:42, 28:126]  # 21 of 144 patches
-    assert Matching().max_overridden == MAX_OVERRIDDEN
+    # One default for the processor, the client and the gateway.
+    assert Matching().max_overridden == FrameSplitter(example_processor).matcher.max_overridden
     for options, alike in (({}, False), ({"max_overridden": 0.3}, True)):
         splitter = FrameSplitter(example_processor, **options)
         theirs = splitter.split(Image.fromarray(first)).background.key
