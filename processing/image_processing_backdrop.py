@@ -237,7 +237,7 @@ class BackdropImageProcessor(PilBackend):
         split: list[list[PatchGroup]] = []
         for placement, run in itertools.groupby(placed, key=lambda item: item[1]):
             split += self._split_alike([pixels for pixels, _ in run], placement, options)
-        return split if options["background_first"] else [groups[::-1] for groups in split]
+        return split
 
     def _split_alike(
         self, images: list[np.ndarray], placement: PicturePlacement, options: dict
