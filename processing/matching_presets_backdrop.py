@@ -1,5 +1,7 @@
 """Options of matching that suit a kind of picture, by name."""
 
+import numbers
+
 PRESETS: dict[str, dict] = {
     # Drawn pixels are equal or they are not: nothing is lost.
     "screen": {"tolerance": 0.0},
@@ -19,11 +21,11 @@ def matching_options(preset: str | float | None, tolerance: float | None, option
     Raises:
         ValueError: no such preset, or two tolerances.
     """
-    if isinstance(preset, int | float):
+    if isinstance(preset, numbers.Real) and not isinstance(preset, bool):
         if tolerance is not None:
             raise ValueError(f"Two tolerances are given, {preset} and {tolerance}; wanted one.")
         preset, tolerance = None, preset
-    if preset is not None and preset not in PRESETS:
+    if preset is not None and not (isinstance(preset, str) and preset in PRESETS):
         raise ValueError(f"preset is {preset!r}; wanted one of {sorted(PRESETS)}.")
     chosen = {"tolerance": 0.0, **PRESETS.get(preset or "", {}), **options}
     return chosen if tolerance is None else {**chosen, "tolerance": tolerance}

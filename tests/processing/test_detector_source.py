@@ -11,14 +11,10 @@ from backdrop.processing.detector_source_backdrop import DetectorSource
 
 
 class Recorder:
-    """Stands in for `ObjectDetector`: where was it asked to be?"""
+    """Stands in for a detector: where was it asked to be?"""
 
     def __init__(self, device="cuda"):
         self.device = device
-
-    @classmethod
-    def from_folder(cls, folder, device):
-        return cls(device)
 
     def on_device(self, device):
         return Recorder(device)
@@ -38,7 +34,9 @@ def in_a_fork(function):
 
 @pytest.mark.parametrize("handed_over", [False, True], ids=["from a folder", "handed over"])
 def test_a_forked_process_keeps_off_the_gpu(monkeypatch, handed_over):
-    monkeypatch.setattr(detector_source_backdrop, "ObjectDetector", Recorder)
+    monkeypatch.setattr(
+        detector_source_backdrop, "load_saved_detector", lambda folder, device: Recorder(device)
+    )
     source = DetectorSource("folder")
     if handed_over:
         source.use(Recorder("cuda"), "cuda")

@@ -254,10 +254,10 @@ def test_several_sizes_in_one_call_are_what_they_are_alone():
 def test_the_engines_bound_of_tokens_follows_the_picture(processor):
     images = processor.image_processor
     sizes = [(28, 56), (56, 28), (56, 56)]
-    assert processor._get_num_multimodal_tokens(sizes)["num_image_tokens"] == [2 * 16 + 4] * 3
+    assert processor._get_num_multimodal_tokens(sizes)["num_image_tokens"] == [3 * 16 + 6] * 3
     images.fit, images.own_padding = "pad", False
     bounds = processor._get_num_multimodal_tokens(sizes)["num_image_tokens"]
-    assert bounds == [2 * 8 + 4, 2 * 8 + 4, 2 * 16 + 4]
+    assert bounds == [3 * 8 + 6, 3 * 8 + 6, 3 * 16 + 6]
     for (height, width), bound in zip(sizes, bounds, strict=True):
         found = processor(images=with_red(width, height, (0, 0, 9, 9)), text="<image>", return_tensors="pt")
         ids = found["input_ids"]

@@ -20,7 +20,10 @@ PROCESSOR = [
     ("detector", ["", 3]),
 ]
 MATCHING = [
-    ("tolerance", ["5", -1, 256, None, float("nan"), True]),
+    ("tolerance", ["5", -1, 256, float("nan"), True]),
+    ("preset", ["cameras", True, ["camera"]]),
+    ("layers", [0, 3, "2"]),
+    ("strict", ["yes", 1]),
     ("min_reuse", ["0.3", 0, 1.5]),
     ("max_overridden", ["0.3", -0.1, 1.1]),
     ("detect", ["never", 1, None]),
