@@ -222,7 +222,9 @@ def model_card(
     elif detector:
         own, own_licence = _OWN_DETECTOR.format(source=detector), _OWN_DETECTOR_LICENCE
     return _CARD.format(
-        front_matter=_front_matter(name, base_model, licence, None if detector_licence else detector, language, figures, questions),
+        front_matter=_front_matter(
+            name, base_model, licence, None if detector_licence else detector, language, figures, questions
+        ),
         name=name,
         placeholder=REPO_PLACEHOLDER,
         side=tower.image_size,

@@ -85,9 +85,7 @@ class BackdropGenerationMixin(GenerationMixin):
                 features = self.config.vision_features(vision_feature_layer, vision_feature_select_strategy)
                 lengths = self._group_lengths(pixel_values, patch_mask, features)
                 adapters = group_adapters(self.model, prompt.input_ids, lengths, seen, group_index)
-                encoded = group_features(
-                    self.model, pixel_values, patch_mask, group_kind, features, adapters
-                )
+                encoded = group_features(self.model, pixel_values, patch_mask, group_kind, features, adapters)
                 if group_index is not None:
                     encoded = encoded.select(group_index.tolist())
                 cached, image_embeds = prefill_images(self.model, plan, encoded, past_key_values)

@@ -135,9 +135,11 @@ class _Detection:
 
     def mask(self) -> np.ndarray:
         """Pixels of objects, bool `[S, S]`."""
-        if self._mask is None:
-            self.take(self._splitter.find_objects([self._image])[0])
-        return self._mask
+        mask = self._mask
+        if mask is None:
+            mask = self._splitter.find_objects([self._image])[0]
+            self.take(mask)
+        return mask
 
     def object_patches(self) -> np.ndarray:
         """The patches that a split gives to the object group, bool `[P]`."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .background_tracking_backdrop import FrameChange
+from .frame_corrections_backdrop import Correction
 from .reference_store_backdrop import Reference
 
 
@@ -30,7 +31,7 @@ class Match:
     fresh: np.ndarray
     staleness: np.ndarray
     encoded: np.ndarray
-    estimate: object | None = None
+    estimate: Correction | None = None
     refreshed: bool = False
     change: FrameChange | None = None
 
@@ -69,7 +70,7 @@ class MatchReport:
     unexplained: np.ndarray
     refreshed: bool
     detector_runs: int
-    estimate: object | None = None
+    estimate: Correction | None = None
 
     @property
     def owned(self) -> np.ndarray:

@@ -29,7 +29,7 @@ class PatchNoise:
     """
 
     def __init__(self, levels: np.ndarray):
-        self.levels = levels.astype(np.float32)
+        self.levels: np.ndarray = levels.astype(np.float32)
         self._seen = np.where(levels.any(axis=1), SURE, 0).astype(np.int32)
 
     @property

@@ -190,7 +190,9 @@ class BackdropProcessor(ProcessorMixin):
         groups = 3
         images = self.image_processor
         around = groups * (self.extra_tokens_per_group + 2 * self.use_separators)
-        tokens = [groups * images.num_picture_patches(width, height) + around for height, width in image_sizes]
+        tokens = [
+            groups * images.num_picture_patches(width, height) + around for height, width in image_sizes
+        ]
         return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(image_sizes))
 
     # ---- saving and loading

@@ -60,12 +60,12 @@ def reusable_patches(
     if not (0 < tolerance < 255 and reusable.any()):
         return reusable, staleness
     excused = np.zeros_like(reusable) if excused is None else excused
-    luma: float | np.ndarray = FINE_LUMA * tolerance
+    limit: float | np.ndarray = FINE_LUMA * tolerance
     if bounds is not None:
         reusable &= (patch_structure(difference, patch_size, tolerance) <= bounds).all(axis=1) | excused
         # What the whole patch changed by is bounded by its staleness; a known bound is about what stands out of that.
-        luma = np.where(np.isfinite(bounds[:, 0]), bounds[:, 0] + tolerance, luma)
-    luma = np.broadcast_to(luma, reusable.shape)
+        limit = np.where(np.isfinite(bounds[:, 0]), bounds[:, 0] + tolerance, limit)
+    luma: np.ndarray = np.broadcast_to(limit, reusable.shape)
     colour = np.maximum(luma * (FINE_COLOUR / FINE_LUMA), FINE_LUMA * tolerance)
     # An average exceeds no largest value: most patches need no filter.
     peaks = _patch_peaks(difference, patch_size)
@@ -124,7 +124,7 @@ def patch_structure(difference: np.ndarray, patch_size: int, tolerance: float) -
     peak = _filtered_peaks((grey.reshape(grid, p, width) - offsets[:, None]), p)
     quarters = _quarter_sums(difference, p)  # [g, 2, g, 2, 3]
     whole = quarters.sum(axis=(1, 3)) / np.float32(p * p)
-    sizes = np.diff([*_quarter_starts(p), p])
+    sizes: np.ndarray = np.diff([*_quarter_starts(p), p])
     quarters /= sizes[:, None, None, None] * sizes[:, None]
     quarter_peak = np.abs(quarters - whole[:, None, :, None]).max(axis=(1, 3, 4))
     within = np.clip(means / 3, -tolerance, tolerance)

@@ -30,10 +30,10 @@ class ChangeWatch:
 
     def __init__(self, patches: int, patch_size: int):
         self._patch_size = patch_size
-        self._state = np.full(patches, SHOWS, dtype=np.uint8)
-        self._since_motion = np.full(patches, MOTION_MEMORY + 1, dtype=np.int32)  # frames
-        self._jumps = np.zeros(patches, dtype=np.int32)
-        self._was_stale = np.zeros(patches, dtype=bool)
+        self._state: np.ndarray = np.full(patches, SHOWS, dtype=np.uint8)
+        self._since_motion: np.ndarray = np.full(patches, MOTION_MEMORY + 1, dtype=np.int32)  # frames
+        self._jumps: np.ndarray = np.zeros(patches, dtype=np.int32)
+        self._was_stale: np.ndarray = np.zeros(patches, dtype=bool)
         self._seen: list[tuple[np.ndarray, np.ndarray]] = []  # frame [S, S, 3], its unexplained patches [P]
 
     @property

@@ -399,7 +399,9 @@ def test_attention_to_later_positions_leaves_no_prefix(caplog):
     model = tiny.backdrop_model()
     for layer in model.model.language_model.layers:
         layer.self_attn.is_causal = False
-    inputs = row_of(batch(model), 0, (0, 1))  # without padding, so that torch is told by the flag and not by a mask
+    inputs = row_of(
+        batch(model), 0, (0, 1)
+    )  # without padding, so that torch is told by the flag and not by a mask
     expected = tokens(model, inputs)
     assert not torch.equal(expected, tokens(tiny.backdrop_model(), inputs)), "the flag changes the answer"
     check_no_prefix(model, inputs, expected, caplog, "is_causal")

@@ -230,6 +230,8 @@ def test_what_is_known_is_listed_shown_and_forgotten():
             matcher.match(texture(tiny.SIDE, 1)) is None and matcher.match(texture(tiny.SIDE, 3)) is not None
         )
     assert {each.reference_id for each in matcher.known()} == {each.reference_id for each in known[1:]}
+
+
 SIGN = (slice(70, 98), slice(30, 58))
 
 
