@@ -26,8 +26,8 @@ def patch_states(report: MatchReport) -> np.ndarray:
     """What became of each patch: int `[P]`, an index into `LEGEND`."""
     if report.reference is None:
         return np.where(report.objects, OBJECT, ENCODED)
-    # A renewed reference is another background: its tokens are computed once more.
-    states = np.full(len(report.fresh), ENCODED if report.refreshed else REUSED)
+    # The tokens of a layer made anew are computed once more.
+    states = np.where(report.encoded, ENCODED, REUSED)
     states[report.stale & report.fresh] = STALE
     states[report.unseen & report.fresh] = UNOWNED
     states[report.objects] = OBJECT
@@ -39,7 +39,7 @@ def what_happened(report: MatchReport) -> str:
     if report.reference is None:
         return "New background: it is kept as a reference for the frames to come."
     if report.refreshed:
-        return "Known background, reference renewed from recent frames: encoded once more."
+        return "Known background, a layer made anew from recent frames: that layer is encoded once more."
     return "Known background: what did not change is reused."
 
 

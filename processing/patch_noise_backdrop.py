@@ -12,7 +12,7 @@ FACTOR, FACTOR_UNSURE = (
     1.2,
     1.5,
 )  # the second is divided by the number of observations, of which few show the most
-FLOORS = np.array([1.2, 0.8, 0.8, 1.0], dtype=np.float32)
+FLOORS = np.array([0.7, 0.4, 0.5, 0.7], dtype=np.float32)
 TRUSTED = 3  # observations of a patch after which its noise is known
 SURE = 20  # observations after which the most that was seen is believed
 FORGETS = 0.01  # share by which that falls from frame to frame
