@@ -53,7 +53,7 @@ def default_processor(size: int = 336, patch_size: int = 14) -> BackdropImagePro
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}, patch_size=patch_size
     )
     # The processor asks for the class; it calls no more than what this one has.
-    processor.set_detector(NoDetector())  # type: ignore[arg-type]
+    processor.set_detector(NoDetector())
     return processor
 
 
@@ -101,7 +101,7 @@ def run_camera(
     processor = processor or default_processor()
     if not processor.has_detector:
         # The processor asks for the class; it calls no more than what this one has.
-        processor.set_detector(NoDetector())  # type: ignore[arg-type]
+        processor.set_detector(NoDetector())
     run = CameraRun(recording, processor, tolerance, min_reuse, matching)
     try:
         with contextlib.ExitStack() as stack:

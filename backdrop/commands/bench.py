@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from .options import JsonFile, Markdown, Plot, Tolerance, example_model, examples, known_model, print_figures
+from .options import (
+    Fit,
+    JsonFile,
+    Markdown,
+    Plot,
+    Tolerance,
+    example_model,
+    examples,
+    known_model,
+    print_figures,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -104,6 +114,13 @@ def camera(
     strict: Annotated[
         bool, typer.Option(help="Start another reference in the frame in which a change is first seen.")
     ] = False,
+    follow_exposure: Annotated[
+        bool, typer.Option("--follow-exposure", help="Undo a change of the camera's exposure before comparing.")
+    ] = False,
+    align: Annotated[
+        bool, typer.Option("--align", help="Undo a shake of at most a few pixels before comparing.")
+    ] = False,
+    fit: Fit = None,
 ) -> None:
     """Match a recording frame by frame: how much is reused, how stale it is. No language model."""
     from backdrop.benchmarks.camera import default_processor, run_camera, summary
@@ -116,12 +133,19 @@ def camera(
     )
     if detector is not None:
         processor.detector = detector
+    if fit is not None:
+        processor.fit = fit
     figures = run_camera(
         recording,
         processor=processor,
         tolerance=tolerance,
         min_reuse=min_reuse,
-        matching={"layers": layers, "strict": strict},
+        matching={
+            "layers": layers,
+            "strict": strict,
+            "follow_exposure": follow_exposure,
+            "align": align,
+        },
         references_path=references,
         json_path=json_file,
         maps_path=maps,
