@@ -39,7 +39,7 @@ def shown_patches(mask: np.ndarray, patch_size: int) -> np.ndarray:
     return wanted if wanted.any() else covered == covered.max()
 
 
-def run_planting(source, plantings: int, brightness: float, noise: float, seed: int = 0) -> dict:
+def run_planting(source: str, plantings: int, brightness: float, noise: float, seed: int = 0) -> dict:
     """Counts of plantings, of patches that had to be fresh, and of those that were reused."""
     rng, processor = np.random.default_rng(seed), default_processor()
     frames = [processor.model_images([frame])[0] for frame in open_recording(source).frames()]

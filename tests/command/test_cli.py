@@ -202,9 +202,10 @@ def test_a_reuse_picture_counts_its_patches(image_processor):
     assert miss[[REUSED, ENCODED, OBJECT, STALE, UNOWNED]].tolist() == [0, 15, 1, 0, 0]
     assert match[[REUSED, ENCODED, OBJECT, STALE, UNOWNED]].tolist() == [14, 0, 0, 1, 1]
     assert "New background" in what_happened(reports[0]) and "is reused" in what_happened(reports[1])
-    renewed = replace(reports[1], refreshed=True)  # known all the same: no failure
+    everything = np.ones_like(reports[1].encoded)
+    renewed = replace(reports[1], refreshed=True, encoded=everything)  # known all the same: no failure
     assert np.bincount(patch_states(renewed), minlength=len(LEGEND))[[REUSED, ENCODED]].tolist() == [0, 14]
-    assert "Known background, reference renewed" in what_happened(renewed)
+    assert "Known background, a layer made anew" in what_happened(renewed)
     picture = np.asarray(reuse_panel(reports[1], 14, "frame"))
     # The legend's colours are on the page.
     for state in (REUSED, STALE, UNOWNED):
