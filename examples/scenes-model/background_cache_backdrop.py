@@ -14,12 +14,14 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
 from .background_folder_backdrop import BackgroundFolder
+from .cache_options_backdrop import byte_count, flag
 from .cache_tiers_backdrop import CacheEntry, CacheTier, Lease, TransferSpeed, compact
 from .weights_fingerprint_backdrop import WeightsFingerprints
 from .weights_key_backdrop import weights_digest
@@ -27,6 +29,17 @@ from .weights_key_backdrop import weights_digest
 logger = logging.get_logger(__name__)
 
 MAX_DIGESTS = 32  # of weights that a cache remembers
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """Of a thread or task. `namespace`: None: it has never opened one."""
+
+    namespace: str | None = None
+    bypass: bool = False
+
+
+_NO_SCOPE = _Scope()
 
 
 class BackgroundCache:
@@ -37,7 +50,7 @@ class BackgroundCache:
     value takes longer than computing it did.
 
     Args:
-        max_bytes: bound of the first tier; a value that is larger alone is not stored.
+        max_bytes: bound of the first tier, a number or text such as "2GB"; a value that is larger alone is not stored.
         prefixes: keep the language model's keys and values too, not vision tokens alone.
         host_max_bytes: bound of the second tier, 0: none.
         folder: of the third tier (a `BackgroundFolder`), None: none.
@@ -46,24 +59,21 @@ class BackgroundCache:
         device_tier, host_tier: the two tiers in memory, to look at; values go in and out by `put` and `get`.
 
     Raises:
-        ValueError: a bound is too small.
+        ValueError: an option is of the wrong type or too small.
     """
 
     def __init__(
         self,
-        max_bytes: int,
+        max_bytes: int | str,
         prefixes: bool = True,
-        host_max_bytes: int = 0,
+        host_max_bytes: int | str = 0,
         folder: BackgroundFolder | None = None,
     ):
-        for name, value, least in (("max_bytes", max_bytes, 1), ("host_max_bytes", host_max_bytes, 0)):
-            if value < least:
-                raise ValueError(f"{name} is {value}; wanted {least} or more bytes.")
-        self.max_bytes = int(max_bytes)
-        self.prefixes = prefixes
+        self.max_bytes = byte_count("max_bytes", max_bytes, 1)
+        self.prefixes = flag("prefixes", prefixes)
         self.folder = folder
-        self.device_tier = CacheTier(int(max_bytes))
-        self.host_tier = CacheTier(int(host_max_bytes))
+        self.device_tier = CacheTier(self.max_bytes)
+        self.host_tier = CacheTier(byte_count("host_max_bytes", host_max_bytes))
         self._lock = threading.RLock()
         self._counts: dict[str, float] = {}
         self._fingerprints = WeightsFingerprints()
@@ -72,7 +82,8 @@ class BackgroundCache:
         self._compute_seconds_per_byte: dict[str, float] = {}
         self._transfers = TransferSpeed()
         # A context variable, so that threads and tasks that serve different tenants do not see each other's scope.
-        self._scope = contextvars.ContextVar("background_cache_scope", default=("", False))
+        self._scope = contextvars.ContextVar("background_cache_scope", default=_NO_SCOPE)
+        self._is_shared = False  # a named namespace has been opened
 
     # A lock and a context variable cannot be copied; a copied model starts with an empty cache of its own.
     def __deepcopy__(self, memo) -> "BackgroundCache":
@@ -83,25 +94,55 @@ class BackgroundCache:
 
     @property
     def namespace(self) -> str:
-        """Namespace of the current scope; values never cross namespaces."""
-        return self._scope.get()[0]
+        """Namespace of the current scope; values never cross namespaces. "": the one of calls without a scope."""
+        return self._scope.get().namespace or ""
 
     @property
     def bypassed(self) -> bool:
-        """True inside `scope(bypass=True)`."""
-        return self._scope.get()[1]
+        """True inside `scope(bypass=True)`, and where it cannot be told whose a call is (see `scope`)."""
+        scope = self._scope.get()
+        if scope.namespace is None and self._is_shared and not scope.bypass:
+            logger.warning_once(
+                "The background cache is bypassed in a thread or task without a namespace, because named ones are in use. "
+                "A new thread does not inherit its starter's scope: open cache.scope(namespace=...) in it, or start "
+                'contextvars.copy_context().run in it; cache.scope(namespace="") is the namespace without a name.'
+            )
+            return True
+        return scope.bypass
 
     @contextlib.contextmanager
     def scope(self, namespace: str | None = None, bypass: bool | None = None):
-        """Namespace and bypass for the calls made inside a `with` block (of this thread or task only)."""
-        current = self._scope.get()
-        token = self._scope.set(
-            (current[0] if namespace is None else namespace, current[1] if bypass is None else bypass)
+        """Namespace and bypass for the calls made inside a `with` block (of this thread or task only).
+
+        Once a named namespace was opened, a call from a thread or task that never opened any is nobody's: it may belong to
+        a tenant whose scope did not reach the thread. It is computed without the cache, and a warning says so.
+
+        Args:
+            namespace: whose values are read and stored, "": those without a name; None: as outside the block.
+            bypass: True reads and stores nothing; None: as outside the block.
+
+        Raises:
+            ValueError: `namespace` is no text, or `bypass` no bool.
+        """
+        if not isinstance(namespace, str | None):
+            raise ValueError(f"namespace is {namespace!r}; wanted text.")
+        if not isinstance(bypass, bool | None):
+            raise ValueError(f"bypass is {bypass!r}; wanted True or False.")
+        outside = self._scope.get()
+        if namespace:
+            self._is_shared = True
+        self._scope.set(
+            _Scope(
+                outside.namespace if namespace is None else namespace,
+                outside.bypass if bypass is None else bypass,
+            )
         )
         try:
             yield self
         finally:
-            self._scope.reset(token)
+            # Who has left a namespace knows of namespaces: outside it means the one without a name.
+            left = "" if outside.namespace is None and namespace is not None else outside.namespace
+            self._scope.set(_Scope(left, outside.bypass))
 
     def lease(self) -> Lease:
         """A new lease: entries that `get` and `put` pin with it stay until it is released."""
@@ -194,13 +235,20 @@ class BackgroundCache:
         if self.folder is not None:
             self.folder.clear()
 
-    def weights_key(self, *modules: nn.Module) -> bytes:
-        """What a stored value depends on in the weights of these modules.
+    def weights_key(self, *modules: nn.Module) -> bytes | None:
+        """What a stored value depends on in these modules; None where that cannot be told, which is logged once.
 
         Without a folder their fingerprint, cheap and valid in this process only. With a folder, which other processes
         read, a digest of all weights, computed once for each fingerprint.
         """
-        fingerprint = self._fingerprints.of(*modules)
+        snapshot = self._fingerprints.of(*modules)
+        if snapshot.unseen is not None:
+            logger.warning_once(
+                f"The background cache cannot tell what {snapshot.unseen} does: what it concerns is computed anew at every "
+                "call, as without the cache."
+            )
+            return None
+        fingerprint = snapshot.fingerprint
         if self.folder is None:
             return fingerprint
         with self._lock:

@@ -21,6 +21,7 @@ import torch
 from transformers.utils import logging
 
 from .cache_keys_backdrop import DIGEST_BYTES
+from .cache_options_backdrop import byte_count
 from .folder_entry_backdrop import (
     ENTRY_NAME,
     ENTRY_SUFFIX,
@@ -58,17 +59,17 @@ class BackgroundFolder:
         writer: the queue of `put_soon`.
 
     Raises:
-        ValueError: if `max_bytes` is not positive or `folder` is a file.
+        ValueError: if `max_bytes` is not a positive size, or `folder` no path or a file.
     """
 
-    def __init__(self, folder: str | os.PathLike, max_bytes: int):
-        if max_bytes <= 0:
-            raise ValueError(f"max_bytes is {max_bytes}; wanted a positive number of bytes.")
+    def __init__(self, folder: str | os.PathLike, max_bytes: int | str):
+        self.max_bytes = byte_count("folder_max_bytes", max_bytes, 1)
+        if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+            raise ValueError(f"folder is {folder!r}; wanted the path of a folder, or None.")
         # Absolute, so that a later change of the working directory does not move the folder.
         self.folder = Path(folder).expanduser().absolute()
         if os.path.exists(self.folder) and not os.path.isdir(self.folder):
             raise ValueError(f"{self.folder} is a file; wanted a folder.")
-        self.max_bytes = int(max_bytes)
         self.files = FolderFiles(self.folder / f"v{FORMAT_VERSION}")
         self.writer = FolderWriter(self._write_queued, min(MAX_PENDING_BYTES, self.max_bytes))
         self._speed = FolderSpeed(self.files, self.max_bytes)
@@ -270,7 +271,7 @@ class BackgroundFolder:
                 with contextlib.suppress(FileNotFoundError):
                     file.path.unlink()
 
-    def prune(self, max_bytes: int | None = None) -> int:
+    def prune(self, max_bytes: int | str | None = None) -> int:
         """Evicts the least recently used until `max_bytes` (by default the budget) hold; removes orphaned files.
 
         Returns:
@@ -280,10 +281,7 @@ class BackgroundFolder:
             ValueError: if `max_bytes` is negative.
             OSError: if the folder cannot be locked.
         """
-        if max_bytes is None:
-            max_bytes = self.max_bytes
-        if max_bytes < 0:
-            raise ValueError(f"max_bytes is {max_bytes}; wanted zero or more bytes.")
+        max_bytes = self.max_bytes if max_bytes is None else byte_count("max_bytes", max_bytes)
         with self.files.exclusive():
             _, freed = self.files.evict(0, max_bytes)
         return freed

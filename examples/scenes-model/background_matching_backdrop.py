@@ -2,194 +2,47 @@
 
 The promise: every patch of a new image is either reused with staleness <= tolerance, or freshly encoded. Staleness is
 the largest, over a patch's four quarter blocks, of the mean absolute RGB difference in grey levels. With tolerance 0
-the reused pixels are equal. `reusable_patches` is stricter than the promise: it sees thin lines and small lamps too.
+the reused pixels are equal. `reusable_patches` is stricter than the promise: it sees thin lines and small lamps too, and what stands
+out of the noise of a patch.
+
+A background is what stays. `BackgroundTracker` says when a layer of it is made anew, `ChangeWatch` when it is another background.
 """
 
-import contextlib
-import contextvars
+import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 from transformers.utils import logging
 
-from .background_tracking_backdrop import BackgroundTracker
+from .background_finding_backdrop import BackgroundFinder
+from .background_layers_backdrop import make_layer, put_patches
+from .background_tracking_backdrop import BackgroundTracker, Proposal
 from .matches_backdrop import Match, MatchReport
-from .patch_groups_backdrop import pixel_mask
-from .reference_descriptors_backdrop import Candidate
-from .reference_store_backdrop import Reference, ReferenceStore
-from .staleness_backdrop import patch_staleness, reusable_patches
+from .patch_groups_backdrop import grow_patches
+from .reference_pictures_backdrop import reference_picture
+from .reference_store_backdrop import KnownBackground, Reference
+from .staleness_backdrop import reusable_patches
 
 logger = logging.get_logger(__name__)
 
-MAX_COMPARISONS = 4  # references whose pixels are compared with one image
-SAMPLED_LINE = 4  # every fourth line of patches tells whether a full comparison can succeed
+UNASKED = 3  # times `max_overridden` may be unexplained where there is no detector to ask
 TRACKED_REFERENCES = 16  # this many, the most recently matched, can improve
 
 
-class BackgroundMatcher:
-    """Finds the reference that matches an image, and keeps the references of every namespace. Thread-safe.
+class BackgroundMatcher(BackgroundFinder):
+    """Finds the reference that matches an image, learns from it, and keeps the references of every namespace. Thread-safe.
 
-    Args:
-        patch_size: pixels.
-        tolerance: largest staleness that is reused, grey levels 0-255; 0: pixels must be equal. 10 suits cameras.
-        min_reuse: smallest share of the image's patches that a match must reuse.
-        max_overridden: largest share of the reference's own patches that may be stale and overridden by fresh ones.
-        detect: "on_miss" runs the detector only when no background matches, "always" adds its objects to the fresh
-            patches of a match.
-        max_references: references kept over all namespaces; the least recently matched one of the namespace that has
-            most is evicted first. It bounds the bytes: each takes `S * S * 3 + P` in a memory-mapped file, and some 500
-            bytes of memory.
-        ttl: seconds after which a reference is forgotten, None: never.
-        refresh: replace a reference by the mean of the frames that matched it, once that pays.
-        folder: where the memory-mapped files live, None: the system's temporary folder.
-
-    Attributes:
-        observer: called with a `MatchReport` for every image, in the thread that asks; None: nobody is told.
-
-    Raises:
-        ValueError: an option is out of its range.
+    Args: see `BackgroundFinder`.
     """
-
-    def __init__(
-        self,
-        patch_size: int,
-        tolerance: float = 0.0,
-        min_reuse: float = 0.3,
-        max_overridden: float = 0.3,
-        detect: str = "on_miss",
-        max_references: int = 256,
-        ttl: float | None = None,
-        refresh: bool = True,
-        folder: str | None = None,
-    ):
-        if not 0 <= tolerance <= 255:
-            raise ValueError(f"tolerance is {tolerance}; wanted grey levels from 0 to 255.")
-        if not 0 < min_reuse <= 1:
-            raise ValueError(f"min_reuse is {min_reuse}; wanted a share above 0, at most 1.")
-        if not 0 <= max_overridden <= 1:
-            raise ValueError(f"max_overridden is {max_overridden}; wanted a share from 0 to 1.")
-        if detect not in ("on_miss", "always"):
-            raise ValueError(f"detect is {detect!r}; wanted 'on_miss' or 'always'.")
-        if max_references < 1:
-            raise ValueError(f"max_references is {max_references}; wanted 1 or more.")
-        if ttl is not None and ttl <= 0:
-            raise ValueError(f"ttl is {ttl}; wanted seconds above 0, or None.")
-        self.patch_size = patch_size
-        self.tolerance = tolerance
-        self.min_reuse = min_reuse
-        self.max_overridden = max_overridden
-        self.detect = detect
-        self.refresh = refresh
-        self.observer: Callable[[MatchReport], None] | None = None
-        self._store = ReferenceStore(patch_size, max_references, ttl, folder)
-        self._trackers: OrderedDict[int, BackgroundTracker] = OrderedDict()
-        self._counts = dict.fromkeys(
-            ("matches", "misses", "refreshes", "expired", "patches_reused", "patches_fresh"), 0
-        )
-        self._lock = threading.Lock()
-        self._scope = contextvars.ContextVar("background_matching_scope", default=("", False))
-
-    @property
-    def bypassed(self) -> bool:
-        """True inside `scope(bypass=True)`."""
-        return self._scope.get()[1]
-
-    @contextlib.contextmanager
-    def scope(self, namespace: str | None = None, bypass: bool | None = None):
-        """Sets namespace and bypass for the calls made inside a `with` block, of this thread or task only.
-
-        Args:
-            namespace: whose references are used and added; None: as outside the block.
-            bypass: True neither uses nor adds references; None: as outside the block.
-        """
-        current = self._scope.get()
-        token = self._scope.set(
-            (current[0] if namespace is None else namespace, current[1] if bypass is None else bypass)
-        )
-        try:
-            yield self
-        finally:
-            self._scope.reset(token)
 
     def match(self, image: np.ndarray) -> Match | None:
         """`find`, and `accept` what it found: the reference to use for uint8 `[S, S, 3]`, or None."""
         match = self.find(image)
         return None if match is None else self.accept(image, match)
 
-    def find(self, image: np.ndarray) -> Match | None:
-        """The reference that leaves the fewest patches to encode, or None where none matches.
-
-        References and counters stay as they are, except that expired references are dropped.
-
-        Args:
-            image: uint8 `[S, S, 3]` at the model's geometry.
-        """
-        namespace = self._scope.get()[0]
-        with self._lock:
-            self._counts["expired"] += self._store.remove_expired()
-            candidates = self._store.candidates(namespace, image, self.tolerance)
-        best, best_score, ruled_out = None, 0, 0
-        for candidate in candidates[:MAX_COMPARISONS]:
-            # The others promise clearly less than what was found.
-            if best is not None and candidate.score > 1.25 * best_score + 2:
-                break
-            if best is not None and best.fresh.sum() <= candidate.min_fresh:
-                continue
-            found, sample_differs = self._compare_candidate(candidate, image)
-            ruled_out += sample_differs and found is None
-            if ruled_out == 2:  # the others promise even less
-                break
-            if found is not None and (best is None or found.fresh.sum() < best.fresh.sum()):
-                best, best_score = found, candidate.score
-        return best
-
-    def _compare_candidate(self, candidate: Candidate, image: np.ndarray) -> tuple[Match | None, bool]:
-        """The match with a candidate, if it is one, and whether a sample of its patches ruled it out as it stands."""
-        with self._lock:
-            if candidate.reference_id not in self._store:  # evicted by another thread meanwhile
-                return None, False
-            reference = self._store.read(candidate.reference_id)
-        sample_differs = self._sample_differs(reference, image)
-        found = None if sample_differs else self._compare(reference, image)
-        return found or self._compare_improved(reference, image), sample_differs
-
-    def _compare(self, reference: Reference, image: np.ndarray) -> Match | None:
-        """The match with a reference, None where it reuses too little or overrides too much."""
-        same, staleness = reusable_patches(reference.pixels, image, self.patch_size, self.tolerance)
-        reusable = reference.patch_mask & same
-        overridden = 1 - reusable.sum() / reference.patch_mask.sum()
-        if reusable.mean() < self.min_reuse or overridden > self.max_overridden:
-            return None
-        return Match(reference, ~reusable, staleness)
-
-    def _sample_differs(self, reference: Reference, image: np.ndarray) -> bool:
-        """Whether hardly a patch fits in every fourth line of patches; a fifth of the cost of comparing all."""
-        grid = image.shape[0] // self.patch_size
-        if grid < 2 * SAMPLED_LINE:
-            return False
-        p = self.patch_size
-        lines = range(SAMPLED_LINE // 2, grid, SAMPLED_LINE)
-        of_reference, of_image = (
-            np.concatenate([pixels[line * p : (line + 1) * p] for line in lines])
-            for pixels in (reference.pixels, image)
-        )
-        staleness = patch_staleness(of_reference, of_image, p).reshape(len(lines), grid)
-        owned = reference.patch_mask.reshape(grid, grid)[list(lines)]
-        fitting = (owned & (staleness <= self.tolerance)).sum()
-        return bool(fitting < 0.5 * (1 - self.max_overridden) * owned.sum())
-
-    def _compare_improved(self, reference: Reference, image: np.ndarray) -> Match | None:
-        """The match with what the frames of a reference show by now, where the reference itself is too stale."""
-        with self._lock:
-            tracker = self._trackers.get(reference.reference_id) if self.refresh else None
-            if tracker is None:
-                return None
-            pixels, owned = tracker.proposal(reference.pixels, reference.patch_mask)
-        match = self._compare(Reference(pixels, owned, reference.reference_id), image)
-        return None if match is None else replace(match, refreshed=True)
+    # ---- what becomes of a match
 
     def accept(
         self,
@@ -197,49 +50,224 @@ class BackgroundMatcher:
         match: Match,
         objects: np.ndarray | None = None,
         find_objects: Callable[[], np.ndarray] | None = None,
-    ) -> Match:
-        """Counts a match, learns from the image, and replaces the reference by a better one where that pays by now.
+    ) -> Match | None:
+        """Counts a match, learns from the image, and makes what should change of the background by now.
 
         Args:
             image: uint8 `[S, S, 3]`, the one that was matched.
             match: what `find` gave for it.
             objects: bool `[P]`, detected objects, which are fresh whatever the reference shows.
-            find_objects: gives the patches of detected objects, bool `[P]`. It is called only where the reference is
-                about to be replaced: a parked object is still an object; without this the running mean absorbs it.
+            find_objects: gives the patches of detected objects, bool `[P]`. It is called at most once, where a layer is about to be
+                made anew (a parked object is still an object; without this the running mean absorbs it), or where a change
+                has no other explanation.
 
         Returns:
-            The match to use: the given one, or one with a refreshed reference.
+            The match to use: the given one, or one with a reference made anew. None: too much of the image differs from the
+            reference for no known reason, so it is to be treated as a new background.
         """
-        reusable = ~match.fresh
+        look = _Look(objects, find_objects)
         with self._lock:
             self._store.mark_used(match.reference.reference_id)
-            improves = self.refresh and self._learn(image, match)
-        if improves:
-            # The lock is not held while a detector runs.
-            parked = objects if objects is not None or find_objects is None else find_objects()
+            tracker = self._tracker_of(match)
+            stale = match.reference.patch_mask & match.fresh
+            unexplained = stale
+            if tracker is not None:
+                unexplained = tracker.update(match.frame, ~match.fresh, match.change, objects)
+        changed = np.zeros_like(stale)
+        if tracker is not None and unexplained.any():
+            changed = self._standing_changes(match, tracker, unexplained)
+        excessive = self._is_excessive(match, unexplained, look)
+        if changed.any() or (excessive and (tracker is None or tracker.looks_due())):
+            found = look()
+            if found is not None and found.any():
+                unexplained, changed = unexplained & ~found, changed & ~found
+            excessive = self._is_excessive(match, unexplained, look)
+            if tracker is not None:
+                with self._lock:
+                    tracker.note_look(found, explained=not unexplained.any())
+        elif excessive:
+            excessive = False  # the last looks found objects; this one is spared
+        if excessive:
             with self._lock:
-                match = self._improve(image, match, parked)
-        objects = np.zeros_like(match.fresh) if objects is None else objects
-        unseen = ~match.reference.patch_mask
-        stale = match.fresh & ~unseen
-        match = Match(match.reference, match.fresh | objects, match.staleness, match.refreshed)
+                self._counts["refused"] += 1
+                self._counts["detector_runs"] += look.runs
+            return None
+        if tracker is not None:
+            match = self._improve(match, tracker, unexplained, changed, look)
+        return self._finish(image, match, tracker, unexplained, objects, look.runs)
+
+    def _is_excessive(self, match: Match, unexplained: np.ndarray, look: "_Look") -> bool:
+        """Whether too much differs from the reference for no known reason; where no detector can tell, more is allowed."""
+        limit = self.max_overridden * (1 if look.possible else UNASKED)
+        return bool(unexplained.sum() > limit * match.reference.patch_mask.sum())
+
+    def _tracker_of(self, match: Match) -> BackgroundTracker | None:
+        """The tracker of a match's reference, made if need be; None where nothing is learned of it. The lock is held."""
+        reference_id = match.reference.reference_id
+        if not self.refresh or reference_id not in self._store:
+            return None  # evicted or replaced by another thread meanwhile; the match holds all the same
+        tracker = self._trackers.pop(reference_id, None)
+        if tracker is None:
+            reference = self._store.read(reference_id)
+            tracker = self._track(
+                reference, put_patches(match.frame, reference.pixels, reference.patch_mask, self.patch_size)
+            )
+        self._trackers[reference_id] = tracker
+        return tracker
+
+    def _track(
+        self, reference: Reference, image: np.ndarray, near: threading.local | None = None
+    ) -> BackgroundTracker:
+        """A tracker for a reference, kept; it knows what is known of a place that looked much the same. The lock is held."""
+        tracker = BackgroundTracker(
+            image, reference.layers, self.patch_size, self.tolerance, reference.noise, self.layers
+        )
+        noise, before = getattr(near, "noise", None), getattr(near, "tracker", None)
+        if before is not None and len(before.age) == len(tracker.age):
+            before.update(image, np.zeros(len(tracker.age), dtype=bool))
+            tracker = before.branch(Proposal(reference.layers, True))
+        if noise is not None and len(noise.levels) == len(tracker.age):
+            tracker.noise = noise
+        self._keep_tracker(reference.reference_id, tracker)
+        return tracker
+
+    def _keep_tracker(self, reference_id: int, tracker: BackgroundTracker) -> None:
+        """Keeps a tracker as the most recently used one, and no more than are allowed. The lock is held."""
+        self._trackers[reference_id] = tracker
+        for known in [known for known in self._trackers if known not in self._store]:
+            del self._trackers[known]
+        while len(self._trackers) > TRACKED_REFERENCES:
+            known, oldest = self._trackers.popitem(last=False)
+            self._store.write_noise(known, oldest.noise.levels)
+
+    def _standing_changes(
+        self, match: Match, tracker: BackgroundTracker, unexplained: np.ndarray
+    ) -> np.ndarray:
+        """Unexplained patches that speak of another background, bool `[P]`; the others are remembered."""
         with self._lock:
+            if self.strict:
+                return unexplained
+            changed = tracker.watch.stays(match.frame, unexplained, self.tolerance)
+            tracker.watch.remember(match.frame, unexplained & ~changed)
+            return changed
+
+    def _improve(
+        self,
+        match: Match,
+        tracker: BackgroundTracker,
+        unexplained: np.ndarray,
+        changed: np.ndarray,
+        look: "_Look",
+    ) -> Match:
+        """The match with another background's reference, with one whose layers are better, or as it is."""
+        if changed.any():
+            around = grow_patches(changed, 1) & (changed | ~match.fresh)
+            with self._lock:
+                proposal = tracker.with_change(match.frame, around, ~match.fresh)
+                self._counts["restarts"] += 1
+                return self._adopt(match, tracker, proposal, keep=True)
+        with self._lock:
+            due = 0 if match.refreshed else tracker.due
+        if due is None:
+            return match
+        parked = look()  # the lock is not held while a detector runs
+        with self._lock:
+            if look.ran:
+                tracker.note_objects(parked)
+            if match.reference.reference_id not in self._store:
+                return match
+            if not match.refreshed and tracker.due is None:
+                tracker.reset_waste(due)
+                return match  # the patches that were encoded freshly time after time were parked objects
+            proposal = tracker.propose(due)
+            if proposal is None:
+                tracker.reset_waste(due)
+                return match
+            return self._adopt(match, tracker, proposal, keep=False)
+
+    def _adopt(self, match: Match, tracker: BackgroundTracker, proposal: Proposal, keep: bool) -> Match:
+        """Stores new layers, of the same background or (`keep`) of another one, and matches with them. The lock is held."""
+        old_id, noise = match.reference.reference_id, tracker.noise.levels.copy()
+        reference = Reference.of_layers(proposal.layers, old_id, noise, self.patch_size)
+        frame = match.frame
+        shown = put_patches(frame, reference.pixels, reference.patch_mask, self.patch_size)
+        if not keep:
+            self._store.remove(old_id)
+            del self._trackers[old_id]
+            tracker.adopt(proposal)
+        stored = self._store.add(self.namespace, shown, proposal.layers, noise)
+        if stored is not None:
+            reference = stored
+            self._keep_tracker(stored.reference_id, tracker.branch(proposal) if keep else tracker)
+            logger.info("background %d: made %d of it", old_id, stored.reference_id)
+        bounds = tracker.noise.bounds() if self._noise_counts else None
+        same, staleness = reusable_patches(
+            reference.pixels, frame, self.patch_size, self.tolerance, bounds, ~match.fresh
+        )
+        fresh = ~(same & reference.patch_mask)
+        if match.estimate is not None:
+            fresh |= match.estimate.outside
+        return self._renewed(replace(match, reference=reference, fresh=fresh, staleness=staleness), proposal)
+
+    def _finish(
+        self,
+        image: np.ndarray,
+        match: Match,
+        tracker: BackgroundTracker | None,
+        unexplained: np.ndarray,
+        objects: np.ndarray | None,
+        detector_runs: int,
+    ) -> Match:
+        """Counts and reports a match; the detected objects are fresh too."""
+        owned = match.reference.patch_mask
+        nothing = np.zeros_like(owned)
+        stale = match.fresh & owned
+        objects = nothing if objects is None else objects
+        match = replace(match, fresh=match.fresh | objects, encoded=match.encoded | objects)
+        hidden = disowned = nothing
+        with self._lock:
+            if tracker is not None:
+                hidden, disowned = tracker.hidden & ~match.fresh, tracker.disowned & ~owned
             self._counts["matches"] += 1
             self._counts["refreshes"] += match.refreshed
-            self._counts["patches_reused"] += 0 if match.refreshed else int((~match.fresh).sum())
-            self._counts["patches_fresh"] += len(reusable) if match.refreshed else int(match.fresh.sum())
+            self._counts["detector_runs"] += detector_runs
+            self._counts["patches_reused"] += int((~match.encoded).sum())
+            self._counts["patches_fresh"] += int(match.encoded.sum())
+            self._counts["patches_stale"] += int((owned & match.fresh).sum())
         logger.debug(
             "background %d: %d of %d patches reused%s",
             match.reference.reference_id,
-            (~match.fresh).sum(),
+            (~match.encoded).sum(),
             len(match.fresh),
             ", refreshed" if match.refreshed else "",
         )
-        self._report(image, match.reference, match.fresh, unseen, stale, objects, match.refreshed)
+        if self.observer is not None:
+            self.observer(
+                MatchReport(
+                    image=image,
+                    frame=match.frame,
+                    reference=match.reference,
+                    fresh=match.fresh,
+                    encoded=match.encoded,
+                    unseen=~owned,
+                    stale=stale,
+                    hidden=hidden,
+                    disowned=disowned,
+                    objects=objects,
+                    unexplained=unexplained & stale,
+                    refreshed=match.refreshed,
+                    detector_runs=detector_runs,
+                    estimate=match.estimate,
+                )
+            )
         return match
 
     def miss(
-        self, image: np.ndarray, patch_mask: np.ndarray | None, objects: np.ndarray | None = None
+        self,
+        image: np.ndarray,
+        patch_mask: np.ndarray | None,
+        objects: np.ndarray | None = None,
+        detector_runs: int = 0,
     ) -> None:
         """Counts an image that matched nothing, and remembers the background found in it.
 
@@ -247,22 +275,69 @@ class BackgroundMatcher:
             image: uint8 `[S, S, 3]`.
             patch_mask: bool `[P]`, the patches of its background; None: it has none.
             objects: bool `[P]`, the patches of its objects.
+            detector_runs: how often the detector looked at it.
         """
         if patch_mask is not None:
-            self.add(image, patch_mask)
+            self.add(image, patch_mask, objects)
         patches = (image.shape[0] // self.patch_size) ** 2
         with self._lock:
             self._counts["misses"] += 1
+            self._counts["detector_runs"] += detector_runs
             self._counts["patches_fresh"] += patches
+        if self.observer is None:
+            return
         everything, nothing = np.ones(patches, dtype=bool), np.zeros(patches, dtype=bool)
-        self._report(
-            image, None, everything, everything, nothing, nothing if objects is None else objects, False
+        self.observer(
+            MatchReport(
+                image=image,
+                frame=image,
+                reference=None,
+                fresh=everything,
+                encoded=everything,
+                unseen=everything,
+                stale=nothing,
+                hidden=nothing,
+                disowned=nothing,
+                objects=nothing if objects is None else objects,
+                unexplained=nothing,
+                refreshed=False,
+                detector_runs=detector_runs,
+            )
         )
 
-    def add(self, image: np.ndarray, patch_mask: np.ndarray) -> None:
-        """Remembers a background: a frame uint8 `[S, S, 3]` and the patches of it that are background, `[P]` bool."""
+    def add(self, image: np.ndarray, patch_mask: np.ndarray, objects: np.ndarray | None = None) -> None:
+        """Remembers a background.
+
+        Args:
+            image: uint8 `[S, S, 3]`, a frame of it.
+            patch_mask: bool `[P]`, the patches of the frame that are background.
+            objects: bool `[P]`, the patches of detected objects, if a detector looked.
+        """
         with self._lock:
-            self._store.add(self._scope.get()[0], image, patch_mask)
+            layers = (make_layer(image, patch_mask, self.patch_size),)
+            reference = self._store.add(self.namespace, image, layers)
+            if reference is not None and self.refresh:
+                tracker = self._track(reference, image, near=self._near)
+                if objects is not None:
+                    tracker.note_objects(objects)
+
+    def save_pictures(self, folder: str | os.PathLike) -> list[str]:
+        """Writes every reference as a PNG in which what it does not own is hatched.
+
+        Args:
+            folder: made if need be.
+
+        Returns:
+            The names of the files, in the order in which the references were made.
+        """
+        with self._lock:
+            references = [self._store.read(reference_id) for reference_id in sorted(self._store.ids)]
+        os.makedirs(folder, exist_ok=True)
+        names = []
+        for reference in references:
+            names.append(f"reference-{reference.reference_id:06d}.png")
+            reference_picture(reference, self.patch_size).save(os.path.join(folder, names[-1]))
+        return names
 
     def clear(self, namespace: str | None = None) -> None:
         """Forgets the references of a namespace, or of all with None; the counters stay."""
@@ -274,6 +349,25 @@ class BackgroundMatcher:
             for reference_id in self._store.of_namespace(namespace):
                 self._store.remove(reference_id)
                 self._trackers.pop(reference_id, None)
+
+    def known(self) -> list[KnownBackground]:
+        """What is kept, the least recently used first."""
+        with self._lock:
+            return self._store.known()
+
+    def reference(self, reference_id: int) -> Reference | None:
+        """A reference by its number; None where it is not kept any more."""
+        with self._lock:
+            return self._store.read(reference_id) if reference_id in self._store else None
+
+    def forget(self, reference_id: int) -> bool:
+        """Forgets one reference; whether it was there."""
+        with self._lock:
+            if reference_id not in self._store:
+                return False
+            self._store.remove(reference_id)
+            self._trackers.pop(reference_id, None)
+            return True
 
     def stats(self) -> dict[str, int]:
         """The references and bytes kept now, and what was counted since the matcher was made.
@@ -300,52 +394,27 @@ class BackgroundMatcher:
             f"{stats['refreshes']} refreshes)"
         )
 
-    def _learn(self, image: np.ndarray, match: Match) -> bool:
-        """Takes the image into the reference's running mean; returns whether the reference should be replaced now."""
-        old = match.reference
-        if old.reference_id not in self._store:
-            return False  # evicted or replaced by another thread meanwhile; the match holds all the same
-        tracker = self._trackers.pop(old.reference_id, None)
-        if tracker is None:
-            tracker = BackgroundTracker(image, self.patch_size, self.tolerance)
-        else:
-            tracker.update(image, match.fresh)
-        self._trackers[old.reference_id] = tracker
-        for known in [known for known in self._trackers if known not in self._store]:
-            del self._trackers[known]
-        while len(self._trackers) > TRACKED_REFERENCES:
-            self._trackers.popitem(last=False)
-        return match.refreshed or tracker.pays(old.patch_mask)
 
-    def _improve(self, image: np.ndarray, match: Match, objects: np.ndarray | None) -> Match:
-        """The match with a better reference, which is stored; the given match where that does not pay after all."""
-        old = match.reference
-        tracker = self._trackers.get(old.reference_id)
-        if tracker is None or old.reference_id not in self._store:
-            return match
-        if objects is not None:
-            tracker.note_objects(objects)
-        # The reference of a refreshed match is a proposal already; the stored one is what it was made from.
-        kept = self._store.read(old.reference_id)
-        if not match.refreshed and not tracker.pays(kept.patch_mask):
-            return match  # the patches that were encoded freshly time after time were parked objects
-        tracker.reset_waste()
-        pixels, owned = tracker.proposal(kept.pixels, kept.patch_mask)
-        same, staleness = reusable_patches(pixels, image, self.patch_size, self.tolerance)
-        fresh = ~(same & owned)
-        if not match.refreshed and fresh.sum() >= match.fresh.sum():
-            return match  # what it would have saved in earlier frames is not in this one
-        namespace = self._scope.get()[0]
-        self._store.remove(old.reference_id)
-        del self._trackers[old.reference_id]
-        shown = np.where(pixel_mask(owned, image.shape[0], self.patch_size)[..., None], pixels, image)
-        reference = self._store.add(namespace, shown, owned)
-        if reference is None:
-            return Match(Reference(pixels, owned, old.reference_id), fresh, staleness, refreshed=True)
-        self._trackers[reference.reference_id] = tracker
-        logger.info("background %d replaced by %d", old.reference_id, reference.reference_id)
-        return Match(reference, fresh, staleness, refreshed=True)
+class _Look:
+    """What the detector sees in one image; it looks once at most, and not at all where that is known."""
 
-    def _report(self, *values) -> None:
-        if self.observer is not None:
-            self.observer(MatchReport(*values))
+    def __init__(self, objects: np.ndarray | None, find_objects: Callable[[], np.ndarray] | None):
+        self._objects, self._find = objects, find_objects
+        self.runs = 0
+
+    @property
+    def possible(self) -> bool:
+        """Whether there is a detector, or has been."""
+        return self._objects is not None or self._find is not None
+
+    @property
+    def ran(self) -> bool:
+        """Whether it is known where objects are."""
+        return self._objects is not None
+
+    def __call__(self) -> np.ndarray | None:
+        """Bool `[P]`, the patches of detected objects; None without a detector."""
+        if self._objects is None and self._find is not None:
+            self.runs += 1
+            self._objects = self._find()
+        return self._objects

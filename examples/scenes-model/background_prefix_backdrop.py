@@ -36,10 +36,14 @@ class PrefixSegment:
 
 @dataclass(frozen=True)
 class RowPrefix:
-    """The segments of one row, in order, from its first position that is no padding (`start`)."""
+    """The segments of one row, in order, from its first position that is no padding (`start`).
+
+    `adapter`: peft's, by which the call wants this row computed; None: it names none.
+    """
 
     start: int
     segments: tuple[PrefixSegment, ...]
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ def background_prefix(
     layout: list[PromptRow],
     encoded: EncodedGroups,
     image_token_id: int,
-    context: bytes,
+    contexts: list[bytes],
+    adapters: list[str] | None = None,
 ) -> BackgroundPrefix | None:
     """The prefix with which a batch begins, None if none of its rows is led by a background.
 
@@ -63,7 +68,8 @@ def background_prefix(
         prompt: on the CPU; `position_ids` are `[B, L]`.
         layout: one `PromptRow` per row.
         encoded: the groups of all rows.
-        context: what the keys and values depend on beyond ids, positions and pixels, see `prefix_key`.
+        contexts: what the keys and values of each row depend on beyond ids, positions and pixels, see `prefix_key`.
+        adapters: of each row, see `RowPrefix`.
     """
     length = _common_length(layout, prompt.input_ids.shape[1])
     if not length:
@@ -77,7 +83,7 @@ def background_prefix(
             if reached >= length:
                 break
             content.append(encoded.content_keys[g])
-            key = prefix_key(ids[row.start : end], positions[row.start : end], content, context)
+            key = prefix_key(ids[row.start : end], positions[row.start : end], content, contexts[r])
             segments.append(PrefixSegment(ids[reached:end], positions[reached:end], encoded.features[g], key))
             reached = end
         if reached < length:
@@ -85,7 +91,7 @@ def background_prefix(
             features = [encoded.features[g] for g in row.groups]
             image_embeds = _vision_tokens_between(ids == image_token_id, reached, length, features)
             segments.append(PrefixSegment(ids[reached:length], positions[reached:length], image_embeds, None))
-        rows.append(RowPrefix(row.start, tuple(segments)))
+        rows.append(RowPrefix(row.start, tuple(segments), None if adapters is None else adapters[r]))
     return BackgroundPrefix(length, tuple(rows))
 
 

@@ -7,6 +7,7 @@ from transformers.utils import logging
 
 from .background_cache_backdrop import BackgroundCache
 from .background_folder_backdrop import BackgroundFolder
+from .cache_options_backdrop import byte_count, flag
 from .captured_reuse_backdrop import CapturedReuse
 from .prefix_rules_backdrop import keeps_prefixes
 
@@ -26,9 +27,14 @@ class BackgroundCacheMixin:
 
     @property
     def cache_in_use(self) -> BackgroundCache | None:
-        """The cache for this call: None while it is off or bypassed, in training, and where gradients are taken."""
+        """The cache for this call: None while it is off or bypassed, in training, and where gradients are taken.
+
+        A compiled or exported forward pass has none either: what it computes may not depend on what is stored.
+        """
         cache = self.background_cache
-        if cache is None or cache.bypassed or self.training or torch.is_grad_enabled():
+        if cache is None or torch.compiler.is_compiling():
+            return None
+        if cache.bypassed or self.training or torch.is_grad_enabled():
             return None
         return cache
 
@@ -40,16 +46,17 @@ class BackgroundCacheMixin:
 
     def enable_background_cache(
         self,
-        max_bytes: int = 2 * 2**30,
+        max_bytes: int | str = 2 * 2**30,
         prefixes: bool = True,
-        host_max_bytes: int = 0,
+        host_max_bytes: int | str = 0,
         folder: str | os.PathLike | None = None,
-        folder_max_bytes: int = 16 * 2**30,
+        folder_max_bytes: int | str = 16 * 2**30,
     ) -> BackgroundCache:
         """Keeps vision tokens and language-model prefixes of backgrounds and reuses them; answers do not change.
 
         Args:
-            max_bytes: bound on everything kept where the model is; the least recently used is evicted first.
+            max_bytes: bound on everything kept where the model is, as a number or as text such as "2GB" or "512MiB", like
+                the other bounds; the least recently used is evicted first.
             prefixes: keep keys and values of the language model too, not vision tokens alone.
             host_max_bytes: bound on what is kept in the host's memory after eviction; useful beside a GPU.
             folder: a folder for what is to outlive this process; several processes may share it.
@@ -59,21 +66,21 @@ class BackgroundCacheMixin:
             The new, empty cache; an earlier one is dropped.
 
         Raises:
-            ValueError: a bound is too small, or `folder` is a file.
+            ValueError: an option is of the wrong type, a bound is too small, or `folder` is a file.
         """
         text_config = self.config.text_config
         prefixes_work = keeps_prefixes(text_config)
-        if prefixes and not prefixes_work:
+        if flag("prefixes", prefixes) and not prefixes_work:
             logger.warning(
                 f"{text_config.model_type} is no full-attention decoder: the background cache keeps vision "
                 "tokens only."
             )
-        self.base_model._background_cache = BackgroundCache(
-            max_bytes,
-            prefixes and prefixes_work,
-            host_max_bytes,
-            None if folder is None else BackgroundFolder(folder, folder_max_bytes),
-        )
+        # Checked before a folder is made.
+        folder_max_bytes = byte_count("folder_max_bytes", folder_max_bytes, 1)
+        cache = BackgroundCache(max_bytes, prefixes and prefixes_work, host_max_bytes)
+        if folder is not None:
+            cache.folder = BackgroundFolder(folder, folder_max_bytes)
+        self.base_model._background_cache = cache
         return self.background_cache
 
     def disable_background_cache(self) -> None:
@@ -88,7 +95,7 @@ class BackgroundCacheMixin:
     def compile_reuse(
         self,
         bucket: int = 32,
-        max_bytes: int = 2 * 2**30,
+        max_bytes: int | str = 2 * 2**30,
         max_graphs: int = 32,
         max_batch: int = 1,
         capture: bool = True,
@@ -110,7 +117,7 @@ class BackgroundCacheMixin:
             The new object; an earlier one and its graphs are dropped.
 
         Raises:
-            ValueError: a number is less than 1.
+            ValueError: an option is of the wrong type, or less than 1.
         """
         self.disable_compiled_reuse()
         self.base_model._compiled_reuse = CapturedReuse(bucket, max_bytes, max_graphs, max_batch, capture)

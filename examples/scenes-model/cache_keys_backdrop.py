@@ -14,10 +14,21 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import transformers
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_backdrop import BACKGROUND
+from .adapter_rows_backdrop import prefix_modules
+from .configuration_backdrop import BACKGROUND, VisionFeatures
 from .host_copies_backdrop import host_copies
+from .module_state_backdrop import code_digest
 from .weights_fingerprint_backdrop import DIGEST_BYTES
+
+# torch's switches between kernels of its attention, which differ in the last bits.
+ATTENTION_KERNELS = (
+    torch.backends.cuda.flash_sdp_enabled,
+    torch.backends.cuda.mem_efficient_sdp_enabled,
+    torch.backends.cuda.math_sdp_enabled,
+    torch.backends.cuda.cudnn_sdp_enabled,
+)
 
 
 def content_key(pixel_values: torch.Tensor, patch_mask: torch.Tensor, context: bytes) -> bytes:
@@ -68,22 +79,29 @@ def prefix_key(
     )
 
 
-def tokens_run_key(model) -> bytes:
-    """How a `BackdropModel` makes vision tokens of backgrounds: weights and settings."""
-    return _run_key(model, model.vision_modules(BACKGROUND))
+def tokens_run_key(model, vision_features: VisionFeatures) -> bytes | None:
+    """How a `BackdropModel` makes vision tokens of backgrounds: weights, settings, and which of the tower's states.
+
+    None: that cannot be told.
+    """
+    key = _run_key(model, model.vision_modules(BACKGROUND))
+    settings = (vision_features.layers, vision_features.strategy)
+    return None if key is None else joined_key(repr(settings).encode(), key)
 
 
-def prefix_run_key(model) -> bytes:
-    """How a `BackdropModel` makes keys and values of its language model: weights and settings."""
-    modules = [model.language_model]
-    if model.config.num_prefusion_layers:
-        modules.append(model.prefusion)
-    return _run_key(model, modules)
+def prefix_run_key(model) -> bytes | None:
+    """How a `BackdropModel` makes keys and values of its language model: weights and settings; None: that cannot be told."""
+    return _run_key(model, prefix_modules(model))
 
 
-def in_namespace(model, run_key: bytes) -> bytes:
-    """A run key in the present namespace of the model's background cache: what is stored under it crosses neither."""
-    return joined_key(model.background_cache.namespace.encode(), run_key)
+def in_namespace(model, run_key: bytes, adapter: str | None = None) -> bytes:
+    """A run key in the present namespace of the model's background cache: what is stored under it crosses neither.
+
+    Args:
+        adapter: the one that this call names for a row (`adapter_rows_backdrop`), None: it names none.
+    """
+    key = joined_key(model.background_cache.namespace.encode(), run_key)
+    return key if adapter is None else joined_key(key, adapter.encode())
 
 
 def joined_key(*parts: bytes) -> bytes:
@@ -95,24 +113,26 @@ def joined_key(*parts: bytes) -> bytes:
     return digest.digest()
 
 
-def _run_key(model, modules: Sequence[nn.Module]) -> bytes:
-    """Digest of how the model runs (dtype, attention, switches) and of the modules' weights."""
+def _run_key(model, modules: Sequence[nn.Module]) -> bytes | None:
+    """Digest of how the model runs (dtype, attention, switches) and of the modules' weights; None: it cannot be told."""
     config, cache = model.config, model.background_cache
+    weights = cache.weights_key(*modules)
+    if weights is None:
+        return None
     autocast = [
         f"{device_type}={torch.get_autocast_dtype(device_type)}"
         for device_type in ("cpu", "cuda")
         if torch.is_autocast_enabled(device_type)
     ]
     settings = (
-        config.vision_config._attn_implementation,
-        config.text_config._attn_implementation,
-        config.feature_layers,
-        config.vision_feature_select_strategy,
+        *_attention(config.vision_config),
+        *_attention(config.text_config),
         config.prefusion_rotary,
         config.masked_attention,
         str(model.dtype),
         autocast,
         torch.get_float32_matmul_precision(),
+        *(enabled() for enabled in ATTENTION_KERNELS),
     )
     if cache.folder is not None:
         # Another process may run another version, or another configuration of the same weights.
@@ -122,4 +142,12 @@ def _run_key(model, modules: Sequence[nn.Module]) -> bytes:
             model.device.type,
             config.to_json_string(),
         )
-    return joined_key(repr(settings).encode(), cache.weights_key(*modules))
+    return joined_key(repr(settings).encode(), weights)
+
+
+def _attention(config) -> tuple[str | None, str | None]:
+    """The name of a model's attention, and what it runs where it is a function that somebody registered."""
+    name = config._attn_implementation
+    function = ALL_ATTENTION_FUNCTIONS.get(name)
+    foreign = function is not None and not function.__module__.startswith("transformers.")
+    return name, code_digest(function) if foreign else None

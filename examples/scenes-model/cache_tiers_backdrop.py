@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import OrderedDict
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -72,13 +73,22 @@ class CacheTier:
 class Lease:
     """Entries in use: they are not evicted until `release`, so that the budget counts memory that is really held.
 
+    It travels with the keys and values that a generation shares with the cache; a copy of these shares nothing, so that a
+    copied or unpickled lease holds no entry and no lock of the cache's.
+
     Args:
-        lock: the cache's.
+        lock: the cache's; None: one of its own.
     """
 
-    def __init__(self, lock: threading.RLock):
-        self._lock = lock
+    def __init__(self, lock: AbstractContextManager | None = None):
+        self._lock = threading.RLock() if lock is None else lock
         self._entries: list[CacheEntry] = []
+
+    def __deepcopy__(self, memo) -> "Lease":
+        return Lease()
+
+    def __reduce__(self):
+        return Lease, ()
 
     def pin(self, entry: CacheEntry) -> None:
         """Holds an entry. Called under the cache's lock."""

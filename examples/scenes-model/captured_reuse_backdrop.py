@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
+from .cache_options_backdrop import byte_count, flag, whole_number
 from .captured_graphs_backdrop import (
     CapturedGraphs,
     WeightAddresses,
@@ -53,7 +54,7 @@ def run_language_model(model, past_key_values: Cache | None, **inputs) -> BaseMo
     """
     reused = vars(past_key_values).pop("reused_prefix", None) if past_key_values is not None else None
     captured = model.compiled_reuse
-    if captured is not None and reused is not None:
+    if captured is not None and reused is not None and not torch.compiler.is_compiling():
         outputs = captured.language_model(model, reused, past_key_values, **inputs)
         if outputs is not None:
             return outputs
@@ -71,27 +72,24 @@ class CapturedReuse:
         capture: False: the same padded passes without graphs, on any device, to compare with.
 
     Raises:
-        ValueError: a number is less than 1.
+        ValueError: an option is of the wrong type, or less than 1.
     """
 
     def __init__(
         self,
         bucket: int = 32,
-        max_bytes: int = 2 * 2**30,
+        max_bytes: int | str = 2 * 2**30,
         max_graphs: int = 32,
         max_batch: int = 1,
         capture: bool = True,
     ):
         self.options = {
-            "bucket": bucket,
-            "max_bytes": max_bytes,
-            "max_graphs": max_graphs,
-            "max_batch": max_batch,
+            "bucket": whole_number("bucket", bucket),
+            "max_bytes": byte_count("max_bytes", max_bytes, 1),
+            "max_graphs": whole_number("max_graphs", max_graphs),
+            "max_batch": whole_number("max_batch", max_batch),
+            "capture": flag("capture", capture),
         }
-        for name, value in self.options.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; wanted 1 or more.")
-        self.options["capture"] = capture
         self._lock = threading.RLock()
         self._graphs = CapturedGraphs(max_graphs, capture)
         self._modules: dict[str, _CheckedModules] = {}  # by what is captured, `LANGUAGE_MODEL` or `TOWER`

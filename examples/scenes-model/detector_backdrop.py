@@ -1,13 +1,14 @@
-"""The YOLO detector that tells objects from background.
+"""A detector of ultralytics, YOLO or RT-DETR, that tells objects from background.
 
 A checkpoint (a pickle) is read once, by `ObjectDetector.from_name_or_path`. From there on a detector is its
 description (JSON) and its tensors, and is always built from these two, so a saved one is the same network.
 """
 
+import itertools
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -29,14 +30,14 @@ _PAD_GREY = 114  # grey level that YOLO models are trained to see beyond the ima
 
 
 class ObjectDetector:
-    """A YOLO detection or segmentation model at the geometry of the vision tower.
+    """A YOLO detection or segmentation model, or an RT-DETR, at the geometry of the vision tower.
 
     Make one with `from_name_or_path` or `from_folder`. `detect` may be called from several threads.
 
     Attributes:
         names: Class names by class id.
         source: What it was made from, for display: `"yolov8n.pt"` or `"detector.safetensors (yolov8n.pt)"`.
-        task: `"detect"` or `"segment"`.
+        task: `"detect"`, `"segment"` or `"rtdetr"`.
         stride: Images are padded to a multiple of this many pixels.
         device: Where the model runs.
         weights: Its tensors by name, on the CPU, as `save` stores them.
@@ -118,6 +119,10 @@ class ObjectDetector:
         description, weights = read_detector(folder)
         return cls(description, weights, source=f"{WEIGHTS_NAME} ({description['source']})", device=device)
 
+    def on_device(self, device: str | torch.device) -> "ObjectDetector":
+        """The same detector, built again on another device."""
+        return ObjectDetector(self._description, self.weights, source=self.source, device=device)
+
     def save(self, folder: str | os.PathLike) -> list[str]:
         """Writes `detector.safetensors` and `detector.json`, each in one step.
 
@@ -143,13 +148,13 @@ class ObjectDetector:
         iou: float = 0.7,
         batch_size: int = 16,
     ) -> list[Detections]:
-        """Finds the objects in images of one size, without scaling them.
+        """Finds the objects in images, without scaling them.
 
         An image is padded with grey on the right and at the bottom to a multiple of `stride`; what is found
         is cut back to the image, and dropped where nothing is left of it.
 
         Args:
-            images: uint8 `[S, S, 3]` RGB each.
+            images: uint8 `[h, w, 3]` RGB each, of any sizes.
             confidence: The lowest confidence kept, 0 to 1.
             classes: Class ids or class names to look for; None for all of them.
             iou: Threshold of non-maximum suppression, 0 to 1: of two boxes of one class whose intersection over
@@ -159,7 +164,7 @@ class ObjectDetector:
                 there, and an image's result then does not depend, in its last bits, on the rest of the batch.
 
         Returns:
-            One entry per image.
+            One entry per image; instance masks are `[N, h, w]`.
 
         Raises:
             ValueError: If an image has another shape or dtype than these, a class is unknown, or a number is
@@ -172,22 +177,28 @@ class ObjectDetector:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; wanted at least 1")
         class_ids = None if classes is None else [self._class_id(entry) for entry in classes]
-        padded = [self._padded(image, len(images[0])) for image in images]
+        padded = [self._padded(image) for image in images]
         found: list[Detections] = []
         with self._lock, muted() as messages, torch.inference_mode():
             args = self.predictor.args
             args.conf, args.iou, args.classes = confidence, iou, class_ids
-            step = 1 if self.device.type == "cpu" else batch_size
-            for start in range(0, len(padded), step):
-                batch = padded[start : start + step]
+            for batch in self._batches(padded, batch_size):
                 messages.clear()
                 results = run_predictor(self.predictor, batch, self.device)
                 # Beyond its time limit ultralytics' suppression gives the rest of a batch no detections.
                 if any("time limit" in message for message in messages):
                     results = [run_predictor(self.predictor, [image], self.device)[0] for image in batch]
-                size = len(images[0])
-                found += [detections_from_result(result, size, self.task, self.names) for result in results]
+                for result in results:
+                    size = images[len(found)].shape[:2]
+                    found.append(detections_from_result(result, size, self.task, self.names))
         return found
+
+    def _batches(self, padded: list[np.ndarray], batch_size: int) -> Iterator[list[np.ndarray]]:
+        """The images in order, in batches of one size each."""
+        step = 1 if self.device.type == "cpu" else batch_size
+        for _, run in itertools.groupby(padded, key=np.shape):
+            alike = list(run)
+            yield from (alike[start : start + step] for start in range(0, len(alike), step))
 
     def _class_id(self, entry: int | str) -> int:
         for class_id, name in self.names.items():
@@ -196,16 +207,16 @@ class ObjectDetector:
         known = ", ".join(f"{class_id} {name}" for class_id, name in self.names.items())
         raise ValueError(f"class {entry!r} is unknown to {self.source}; wanted one of: {known}")
 
-    def _padded(self, image: np.ndarray, size: int) -> np.ndarray:
-        """`[S, S, 3]` RGB to `[M, M, 3]` BGR, where M is the next multiple of the stride."""
-        if image.dtype != np.uint8 or image.shape != (size, size, 3):
+    def _padded(self, image: np.ndarray) -> np.ndarray:
+        """`[h, w, 3]` RGB to BGR with sides that are the next multiples of the stride."""
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise ValueError(
-                f"an image has shape {tuple(image.shape)} and dtype {image.dtype}; "
-                "wanted square uint8 [S, S, 3] RGB, all of one size"
+                f"an image has shape {tuple(image.shape)} and dtype {image.dtype}; wanted uint8 [h, w, 3] RGB"
             )
-        side = -(-size // self.stride) * self.stride
-        canvas = np.full((side, side, 3), _PAD_GREY, dtype=np.uint8)
-        canvas[:size, :size] = image[..., ::-1]
+        height, width = image.shape[:2]
+        rows, columns = (-(-length // self.stride) * self.stride for length in (height, width))
+        canvas = np.full((rows, columns, 3), _PAD_GREY, dtype=np.uint8)
+        canvas[:height, :width] = image[..., ::-1]
         return canvas
 
 

@@ -1,7 +1,7 @@
 """A detector as two files: its weights (`detector.safetensors`) and a description (`detector.json`).
 
-No pickle is read or written here, and no ultralytics is needed. The weights are AGPL-3.0, as everything made with
-ultralytics is; both files say so.
+No pickle is read or written here, and no ultralytics is needed. Both files say what the weights' licence is: AGPL-3.0 for
+everything made with ultralytics, that of their checkpoint for detectors of transformers.
 """
 
 import json
@@ -22,7 +22,10 @@ DETECTOR_FILES = (WEIGHTS_NAME, DESCRIPTION_NAME)
 KEY_PREFIX = "detector."
 DETECTOR_LICENSE = "AGPL-3.0 (made with ultralytics, https://ultralytics.com/license)"
 
-_DESCRIPTION_FIELDS = {
+# A description's `kind`; those of ultralytics' models, which were the first, have none.
+TRANSFORMERS = "transformers"
+_TRANSFORMERS_FIELDS = {"source": str, "license": str, "names": list, "config": dict, "image_processor": dict}
+_ULTRALYTICS_FIELDS = {
     "source": str,
     "ultralytics": str,
     "task": str,
@@ -81,7 +84,8 @@ def write_detector(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_atomically(folder / WEIGHTS_NAME, _weights_file(weights))
+    licence = description.get("license", DETECTOR_LICENSE)
+    _write_atomically(folder / WEIGHTS_NAME, _weights_file(weights, licence))
     _write_atomically(folder / DESCRIPTION_NAME, (json.dumps(description) + "\n").encode())
     return list(DETECTOR_FILES)
 
@@ -94,7 +98,10 @@ def copy_detector(source: str | os.PathLike, folder: str | os.PathLike) -> list[
     """
     source, folder = Path(source), Path(folder)
     weights = safetensors.torch.load_file(source / WEIGHTS_NAME)
-    _write_atomically(folder / WEIGHTS_NAME, _weights_file(weights))
+    licence = json.loads((source / DESCRIPTION_NAME).read_text(encoding="utf-8")).get(
+        "license", DETECTOR_LICENSE
+    )
+    _write_atomically(folder / WEIGHTS_NAME, _weights_file(weights, licence))
     _write_atomically(folder / DESCRIPTION_NAME, (source / DESCRIPTION_NAME).read_bytes())
     return list(DETECTOR_FILES)
 
@@ -115,11 +122,14 @@ def _checked_description(description: dict) -> dict:
 
     ultralytics evaluates some strings of an architecture as code.
     """
-    for field, kind in _DESCRIPTION_FIELDS.items():
+    of_transformers = description.get("kind") == TRANSFORMERS
+    for field, kind in (_TRANSFORMERS_FIELDS if of_transformers else _ULTRALYTICS_FIELDS).items():
         if not isinstance(description.get(field), kind):
             raise ValueError(f"field {field!r} is {description.get(field)!r}; wanted {kind.__name__}")
-    if description["task"] not in ("detect", "segment"):
-        raise ValueError(f"task is {description['task']!r}; wanted 'detect' or 'segment'")
+    if of_transformers:
+        return description  # its classes are looked up by name in transformers, and no remote code is taken
+    if description["task"] not in ("detect", "segment", "rtdetr"):
+        raise ValueError(f"task is {description['task']!r}; wanted 'detect', 'segment' or 'rtdetr'")
     architecture = description["architecture"]
     # ultralytics' layer classes are capitalised and its functions are not, with one exception.
     for layer in [layer[2] for layer in architecture["backbone"] + architecture["head"]]:
@@ -131,10 +141,10 @@ def _checked_description(description: dict) -> dict:
     return description
 
 
-def _weights_file(weights: dict[str, torch.Tensor]) -> bytes:
+def _weights_file(weights: dict[str, torch.Tensor], licence: str) -> bytes:
     named = {KEY_PREFIX + name.removeprefix(KEY_PREFIX): value for name, value in weights.items()}
     # One metadata entry only: safetensors writes several in random order, and equal detectors should be equal files.
-    return safetensors.torch.save(named, {"license": DETECTOR_LICENSE})
+    return safetensors.torch.save(named, {"license": licence})
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

@@ -11,6 +11,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.image_utils import ChannelDimension, ImageType, get_image_type
 
+from .patch_groups_backdrop import METADATA_KEY, looks_like_group
+
 
 def load_image(source: str) -> Image.Image:
     """The PIL image of a URL, a path or base64 text, its mode and alpha kept.
@@ -78,6 +80,29 @@ def rgba_array(image) -> np.ndarray | None:
     return np.moveaxis(array, 0, -1) if array.shape[0] == 4 else None
 
 
+def is_group(image, side: int | None = None) -> bool:
+    """Whether an image is a patch group, by its alpha, and where that is the same everywhere by its text.
+
+    An ordinary picture may have one alpha, 253 or 254, all over. Only what was made in memory, and so has no file and no
+    text, is taken at its alpha then.
+
+    Args:
+        image: PIL image, numpy array or torch tensor.
+        side: of the images as the model sees them; None: it does not matter.
+    """
+    rgba = rgba_array(image)
+    if rgba is None or not looks_like_group(rgba):
+        return False
+    if (rgba[..., 3] != rgba[0, 0, 3]).any():
+        return True
+    if isinstance(image, Image.Image):
+        if METADATA_KEY in image.info:
+            return True
+        if image.format is not None:
+            return False
+    return side is None or rgba.shape[:2] == (side, side)
+
+
 def rgb_array(image, input_data_format=None) -> np.ndarray:
     """Any image as uint8 `[H, W, 3]`; see `rgb_picture`."""
     return np.asarray(rgb_picture(image, input_data_format))
@@ -97,6 +122,8 @@ def rgb_picture(image, input_data_format=None) -> Image.Image:
     """
     if not isinstance(image, Image.Image):
         image = array_to_image(image, input_data_format)
+    if not image.width or not image.height:
+        raise ValueError(f"An image has {image.width} x {image.height} pixels; wanted at least one.")
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
@@ -120,6 +147,8 @@ def array_to_image(image, input_data_format=None) -> Image.Image:
     if get_image_type(image) == ImageType.TORCH:
         image = image.detach().cpu().numpy()
     array = np.asarray(image)
+    if not array.size:
+        raise ValueError(f"An image array has shape {array.shape}; wanted at least one pixel.")
     if array.ndim not in (2, 3):
         raise ValueError(f"An image array has shape {array.shape}; wanted [H, W], [H, W, C] or [C, H, W].")
     if array.ndim == 3 and not {array.shape[0], array.shape[-1]} & {1, 3, 4}:

@@ -34,6 +34,7 @@ class ImageSplitter:
         overlap: the background keeps the grown ring too.
         min_coverage: share of a patch that objects must cover for it to be an object patch, 0-1 (0: any part).
         find_objects: the detector: images `[S, S, 3]` to one mask each of the pixels of objects, bool `[S, S]`.
+        finds_anything: False where the detector is a stand-in that never finds objects: the matcher then does not ask it.
     """
 
     patch_size: int
@@ -41,6 +42,7 @@ class ImageSplitter:
     overlap: bool
     min_coverage: float
     find_objects: Callable[[Sequence[np.ndarray]], list[np.ndarray]]
+    finds_anything: bool = True
 
     def object_patches(self, mask: np.ndarray) -> np.ndarray:
         """Pixels of objects, bool `[S, S]`, to the patches that a split gives to the object group, bool `[P]`."""
@@ -70,8 +72,8 @@ class ImageSplitter:
     ) -> list[list[PatchGroup]]:
         """The groups of each image: on a match the reference's pixels stand for the background.
 
-        The detector runs once over the images that match nothing (with `detect="always"` over all), and once more where
-        the matcher is about to improve a reference.
+        The detector runs once over the images that match nothing (with `detect="always"` over all), and once more for an
+        image where the matcher is about to make a layer anew or has no other explanation of a change.
 
         Raises:
             ValueError: the matcher was made for another patch size.
@@ -82,10 +84,12 @@ class ImageSplitter:
             )
         matches = [matcher.find(image) for image in images]
         always = matcher.detect == "always"
+        looks = [_Detection(self, image) for image in images]
         to_detect = [i for i, match in enumerate(matches) if match is None or always]
-        masks = {}
         if to_detect:
-            masks = dict(zip(to_detect, self.find_objects([images[i] for i in to_detect]), strict=True))
+            masks = self.find_objects([images[i] for i in to_detect])
+            for i, mask in zip(to_detect, masks, strict=True):
+                looks[i].take(mask)
         result = []
         for i, image in enumerate(images):
             match = matches[i]
@@ -93,30 +97,50 @@ class ImageSplitter:
                 match is None and i > 0
             ):  # an earlier image of this batch may have become a reference that matches
                 match = matcher.find(image)
-            if match is None:
-                result.append(self._split_missed(image, masks[i], matcher))
-            else:
-                objects = self.object_patches(masks[i]) if always else None
-                result.append(self._split_known(image, match, objects, matcher))
+            if match is not None:
+                objects = looks[i].object_patches() if always else None
+                find_objects = looks[i].object_patches if self.finds_anything else None
+                match = matcher.accept(image, match, objects, find_objects)
+            result.append(
+                self._split_missed(image, looks[i], matcher) if match is None else self._split_known(match)
+            )
         return result
 
     def _split_missed(
-        self, image: np.ndarray, mask: np.ndarray, matcher: BackgroundMatcher
+        self, image: np.ndarray, look: "_Detection", matcher: BackgroundMatcher
     ) -> list[PatchGroup]:
-        groups = self.split_by_mask(image, mask)
+        groups = self.split_by_mask(image, look.mask())
         owned = {group.kind: group.patch_mask for group in groups}
-        matcher.miss(image, owned.get(BACKGROUND), owned.get(OBJECT))
+        matcher.miss(image, owned.get(BACKGROUND), owned.get(OBJECT), look.runs)
         return groups
 
-    def _split_known(
-        self, image: np.ndarray, match: Match, objects: np.ndarray | None, matcher: BackgroundMatcher
-    ) -> list[PatchGroup]:
-        def find_objects() -> np.ndarray:
-            return self.object_patches(self.find_objects([image])[0])
-
-        match = matcher.accept(image, match, objects, find_objects)
-        reference = match.reference
-        groups = [PatchGroup(reference.pixels, reference.patch_mask, BACKGROUND)]
+    def _split_known(self, match: Match) -> list[PatchGroup]:
+        groups = [PatchGroup(layer.pixels, layer.patch_mask, BACKGROUND) for layer in match.reference.layers]
         if match.fresh.any():
-            groups.append(make_group(image, match.fresh, OBJECT, self.patch_size))
+            groups.append(make_group(match.frame, match.fresh, OBJECT, self.patch_size))
         return groups
+
+
+class _Detection:
+    """What the detector finds in one image; it runs once at most."""
+
+    def __init__(self, splitter: ImageSplitter, image: np.ndarray):
+        self._splitter, self._image = splitter, image
+        self._mask: np.ndarray | None = None
+        self.runs = 0
+
+    def take(self, mask: np.ndarray) -> None:
+        """Notes what a run over several images found in this one, bool `[S, S]`."""
+        self._mask, self.runs = mask, int(self._splitter.finds_anything)
+
+    def mask(self) -> np.ndarray:
+        """Pixels of objects, bool `[S, S]`."""
+        mask = self._mask
+        if mask is None:
+            mask = self._splitter.find_objects([self._image])[0]
+            self.take(mask)
+        return mask
+
+    def object_patches(self) -> np.ndarray:
+        """The patches that a split gives to the object group, bool `[P]`."""
+        return self._splitter.object_patches(self.mask())

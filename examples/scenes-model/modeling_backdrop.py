@@ -6,66 +6,37 @@ With one group of all patches, no separators and untrained prefusion it computes
 computes.
 
 Beside this file: encoding of groups (`group_features`, `grouped_vision`), prefusion, generation and prefill, the
-background cache, strict loading.
+background cache, strict loading, what a forward pass returns and which arguments it takes.
 
 Shapes: `B` rows, `L` positions, `G` groups of all rows in order of appearance, `P` patches, `S` image side,
 `n_g` tokens of group g, `D` text width.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from transformers import AutoModel, Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
-from transformers.utils import can_return_tuple
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import can_return_tuple, torch_compilable_check
 
+from .arguments_backdrop import (
+    ATTENTION_ARGUMENTS,
+    attention_function,
+    refuse_arguments,
+    refuse_unknown,
+    taken_by,
+)
 from .cache_access_backdrop import BackgroundCacheMixin
 from .captured_reuse_backdrop import run_language_model
 from .configuration_backdrop import BACKGROUND, OBJECT, BackdropConfig
 from .generation_backdrop import BackdropGenerationMixin
-from .group_features_backdrop import group_features
+from .group_features_backdrop import given_image_embeds, group_features
+from .outputs_backdrop import BackdropCausalLMOutputWithPast, BackdropModelOutputWithPast
 from .prefix_pass_backdrop import release_background
 from .prefusion_backdrop import BackdropPrefusion
+from .projector_backdrop import BackdropProjector
+from .several_processes_backdrop import runs_every_part, with_every_kind, without_blanks
 from .strict_loading_backdrop import StrictLoadingMixin
-
-
-@dataclass
-class BackdropModelOutputWithPast(BaseModelOutputWithPast):
-    """`image_hidden_states [sum n_g, D]`: the vision tokens that replaced the placeholders."""
-
-    image_hidden_states: torch.Tensor | None = None
-
-
-@dataclass
-class BackdropCausalLMOutputWithPast(ModelOutput):
-    """As LLaVA's; `image_hidden_states [sum n_g, D]`."""
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: torch.Tensor | None = None
-
-
-class BackdropProjector(nn.Module):
-    """LLaVA's two-layer MLP from tower width to text width (`LlavaMultiModalProjector`)."""
-
-    def __init__(self, config: BackdropConfig):
-        super().__init__()
-        width = config.vision_config.hidden_size * len(config.feature_layers)
-        text_width = config.text_config.hidden_size
-        self.linear_1 = nn.Linear(width, text_width, bias=config.multimodal_projector_bias)
-        self.act = ACT2FN[config.projector_hidden_act]
-        self.linear_2 = nn.Linear(text_width, text_width, bias=config.multimodal_projector_bias)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """`[n, tower width * feature layers]` -> `[n, D]`."""
-        return self.linear_2(self.act(self.linear_1(features)))
 
 
 class BackdropPreTrainedModel(BackgroundCacheMixin, StrictLoadingMixin, PreTrainedModel):
@@ -79,6 +50,7 @@ class BackdropPreTrainedModel(BackgroundCacheMixin, StrictLoadingMixin, PreTrain
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     # Buffers in checkpoints of older transformers versions; and the detector's weights, because vLLM reads every
     # *.safetensors file of a folder.
@@ -143,6 +115,15 @@ class BackdropModel(BackdropPreTrainedModel):
         if self.config.separate_projectors:
             self.object_multi_modal_projector.load_state_dict(self.multi_modal_projector.state_dict())
 
+    def placeholders(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Where the image placeholders are: of ids `[B, L]`, or of embeddings `[B, L, D]` without ids; bool `[B, L]`."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
     def tokens_per_group(self, patch_mask: torch.Tensor) -> list[int]:
         """Tokens that each group yields: its patches, and the CLS token where it is kept. `patch_mask [G, P]`."""
         return (patch_mask.sum(-1) + self.config.extra_tokens_per_group).tolist()
@@ -153,6 +134,8 @@ class BackdropModel(BackdropPreTrainedModel):
         pixel_values: torch.Tensor,
         patch_mask: torch.Tensor | None = None,
         group_kind: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Vision tokens of patch groups, those of backgrounds from the background cache where it is on and has them.
@@ -161,14 +144,20 @@ class BackdropModel(BackdropPreTrainedModel):
             pixel_values: `[G, 3, S, S]`, normalised.
             patch_mask: `[G, P]` bool; None: every group owns every patch.
             group_kind: `[G]`, 0 background, 1 object; None: all background.
+            vision_feature_layer, vision_feature_select_strategy: as in the configuration, for this call; None: its own.
 
         Returns:
             `.pooler_output`: a list of `G` tensors `[n_g, D]`.
 
         Raises:
             ValueError: a shape or kind is not the model's, or a group owns no patch.
+            TypeError: another argument; the tower's hidden states and attentions are not kept.
         """
-        encoded = group_features(self, pixel_values, patch_mask, group_kind)
+        refuse_arguments(
+            "get_image_features", [k for k, v in kwargs.items() if v is not None and v is not False]
+        )
+        features = self.config.vision_features(vision_feature_layer, vision_feature_select_strategy)
+        encoded = group_features(self, pixel_values, patch_mask, group_kind, features)
         return BaseModelOutputWithPooling(pooler_output=encoded.features)
 
     def forward(
@@ -182,7 +171,10 @@ class BackdropModel(BackdropPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         image_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
         use_cache: bool | None = None,
+        mm_encoder_outputs: dict | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> BackdropModelOutputWithPast | tuple:
@@ -194,6 +186,9 @@ class BackdropModel(BackdropPreTrainedModel):
             attention_mask: `[B, L]`, 0 at padding, or any form that the language model takes.
             position_ids: `[B, L]` or `[1, L]`; None: counted from what `past_key_values` holds.
             image_embeds: `[sum n_g, D]` vision tokens, given instead of pixels.
+            mm_encoder_outputs: the same as what `get_image_features` returned, under "image": transformers' form.
+            vision_feature_layer, vision_feature_select_strategy: see `get_image_features`.
+            kwargs: what the language model and its attention take.
 
         Returns:
             `last_hidden_state [B, L, D]` and what the language model returns beside it.
@@ -201,18 +196,24 @@ class BackdropModel(BackdropPreTrainedModel):
         Raises:
             ValueError: ids and embeddings, or pixels and vision tokens, are both given; or groups and placeholders do
                 not fit.
+            TypeError: an argument that nobody takes.
         """
+        refuse_unknown(type(self).__name__, kwargs, self.argument_takers)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if pixel_values is not None and image_embeds is not None:
-            raise ValueError("You cannot specify both pixel_values and image_embeds at the same time")
+        image_embeds = given_image_embeds(pixel_values, image_embeds, mm_encoder_outputs)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        blanks = 0
+        if image_embeds is None and runs_every_part(self):
+            groups = (pixel_values, patch_mask, group_kind)
+            pixel_values, patch_mask, group_kind, blanks = with_every_kind(self, inputs_embeds, *groups)
         if pixel_values is not None:
-            image_embeds = torch.cat(
-                self.get_image_features(pixel_values, patch_mask, group_kind, return_dict=True).pooler_output
-            )
-        inputs_embeds = self._replace_placeholders(input_ids, inputs_embeds, image_embeds)
+            choice = (vision_feature_layer, vision_feature_select_strategy)
+            encoded = self.get_image_features(pixel_values, patch_mask, group_kind, *choice, return_dict=True)
+            inputs_embeds, image_embeds = without_blanks(inputs_embeds, encoded.pooler_output, blanks)
+        going_on = past_key_values is not None and past_key_values.get_seq_length() > 0
+        inputs_embeds = self._replace_placeholders(input_ids, inputs_embeds, image_embeds, going_on)
         if self.config.num_prefusion_layers:
             if past_key_values is None and (
                 self.config.text_config.use_cache if use_cache is None else use_cache
@@ -223,7 +224,12 @@ class BackdropModel(BackdropPreTrainedModel):
                 positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
                 position_ids = (positions + seen).unsqueeze(0)
             inputs_embeds = self.prefusion(
-                inputs_embeds, self.language_model.rotary_emb, attention_mask, position_ids, past_key_values
+                inputs_embeds,
+                self.language_model.rotary_emb,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                **{name: kwargs[name] for name in ATTENTION_ARGUMENTS if name in kwargs},
             )
         outputs = run_language_model(
             self,
@@ -244,21 +250,26 @@ class BackdropModel(BackdropPreTrainedModel):
         )
         return result.to_tuple() if return_dict is False else result
 
+    def argument_takers(self) -> list:
+        """The functions whose arguments `forward` takes too: of the language model and of its attention."""
+        attention = attention_function(self.config.text_config._attn_implementation)
+        return [type(self.language_model).forward, *attention]
+
     def _replace_placeholders(
         self,
         input_ids: torch.LongTensor | None,
         inputs_embeds: torch.Tensor,
         image_embeds: torch.Tensor | None,
+        going_on: bool,
     ) -> torch.Tensor:
-        """`inputs_embeds [B, L, D]` with `image_embeds [sum n_g, D]` where the placeholders are."""
-        if input_ids is None:
-            token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-            is_image = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-        else:
-            is_image = (input_ids == self.config.image_token_id).to(inputs_embeds.device)
+        """`inputs_embeds [B, L, D]` with `image_embeds [sum n_g, D]` where the placeholders are.
+
+        Where a sequence is `going_on` without images, a placeholder is one that was generated or drafted: text, as in
+        LLaVA.
+        """
+        is_image = self.placeholders(input_ids, inputs_embeds).to(inputs_embeds.device)
         if image_embeds is None:
-            # A single position is a decoding step: a generated placeholder is text, as in LLaVA.
-            if input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
+            if input_ids is not None and not going_on and not torch.compiler.is_compiling():
                 found = int(is_image.sum())
                 if found:
                     raise ValueError(
@@ -266,11 +277,11 @@ class BackdropModel(BackdropPreTrainedModel):
                         "image placeholders, but no pixel_values were given."
                     )
             return inputs_embeds
-        if not torch.compiler.is_compiling() and int(is_image.sum()) != image_embeds.shape[0]:
-            raise ValueError(
-                f"Image features and image tokens do not match, tokens: {int(is_image.sum())}, "
-                f"features {image_embeds.shape[0]}"
-            )
+        found, given = is_image.sum(), image_embeds.shape[0]
+        torch_compilable_check(
+            found == given,
+            lambda: f"Image features and image tokens do not match, tokens: {int(found)}, features {given}",
+        )
         image_embeds = image_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), image_embeds)
 
@@ -293,9 +304,18 @@ class BackdropForConditionalGeneration(BackdropPreTrainedModel, BackdropGenerati
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
-    def get_image_features(self, pixel_values, patch_mask=None, group_kind=None, **kwargs):
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        patch_mask: torch.Tensor | None = None,
+        group_kind: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
         """See `BackdropModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, patch_mask, group_kind, **kwargs)
+        choice = (vision_feature_layer, vision_feature_select_strategy)
+        return self.model.get_image_features(pixel_values, patch_mask, group_kind, *choice, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -309,15 +329,19 @@ class BackdropForConditionalGeneration(BackdropPreTrainedModel, BackdropGenerati
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         image_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict | None = None,
         **kwargs,
     ) -> BackdropCausalLMOutputWithPast:
         """`BackdropModel.forward`, then the head.
 
         Args:
             labels: `[B, L]`, -100 where no loss is taken.
+            kwargs: what the language model, its attention and the loss function take.
             logits_to_keep: logits of that many last positions, 0: of all; a tensor: of these positions (`[n]`, or
                 `[B, n]` for each row its own), or of those where a bool mask `[B, L]` is true.
 
@@ -325,6 +349,9 @@ class BackdropForConditionalGeneration(BackdropPreTrainedModel, BackdropGenerati
             `logits [B, n, vocab]` (under a mask `[n, vocab]`) and, with labels, the mean cross-entropy of the next
             token as `loss`.
         """
+        of_loss = taken_by(kwargs, lambda: [self.loss_function])
+        others = {name: value for name, value in kwargs.items() if name not in of_loss}
+        refuse_unknown(type(self).__name__, others, self.model.argument_takers)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -335,9 +362,12 @@ class BackdropForConditionalGeneration(BackdropPreTrainedModel, BackdropGenerati
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             image_embeds=image_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
             use_cache=use_cache,
+            mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
-            **kwargs,
+            **others,
         )
         logits = self.lm_head(_keep_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
@@ -353,15 +383,6 @@ class BackdropForConditionalGeneration(BackdropPreTrainedModel, BackdropGenerati
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
-
-    def generate(self, *args, logits_processor: LogitsProcessorList | None = None, **kwargs):
-        """As transformers' `generate`; separator tokens are never generated. Returns ids `[B, L + new]`."""
-        processors = LogitsProcessorList(logits_processor or [])
-        if self.config.separator_token_ids is not None:
-            # An offloaded model says "meta", where no tensor can be read.
-            device = "cpu" if self.device.type == "meta" else self.device
-            processors.append(SuppressTokensLogitsProcessor(self.config.separator_token_ids, device=device))
-        return super().generate(*args, logits_processor=processors, **kwargs)
 
 
 def _keep_positions(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

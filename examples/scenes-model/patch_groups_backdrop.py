@@ -47,6 +47,20 @@ def make_group(pixels: np.ndarray, patch_mask: np.ndarray, kind: int, patch_size
     return PatchGroup(only_owned(pixels, patch_mask, patch_size), patch_mask.astype(bool), kind)
 
 
+def only_patches(groups: list[PatchGroup], patches: np.ndarray, patch_size: int) -> list[PatchGroup]:
+    """The groups without what they own beyond some patches; a group that keeps none is left out.
+
+    Args:
+        groups: of one image.
+        patches: bool `[P]`, those that may be owned.
+        patch_size: pixels.
+    """
+    if patches.all():
+        return groups
+    kept = [make_group(group.pixels, group.patch_mask & patches, group.kind, patch_size) for group in groups]
+    return [group for group in kept if group.patch_mask.any()]
+
+
 def only_owned(pixels: np.ndarray, patch_mask: np.ndarray, patch_size: int) -> np.ndarray:
     """A copy of uint8 `[S, S, 3]` that is 0 outside the patches of bool `[P]`."""
     side = pixels.shape[0]
@@ -155,7 +169,7 @@ def save_group(image: Image.Image, path, compress_level: int = 6) -> None:
 
 
 def looks_like_group(rgba: np.ndarray) -> bool:
-    """Whether an image is a patch group: its alpha has values of {0, 253, 254} only, and not 0 alone.
+    """Whether an image has a patch group's alpha: values of {0, 253, 254} only, and not 0 alone.
 
     Args:
         rgba: uint8 `[H, W, 4]`.
@@ -183,10 +197,11 @@ def read_group(
             f"A patch group is {rgba.shape[1]} x {rgba.shape[0]} pixels; wanted {side} x {side}, the model's geometry."
         )
     if metadata is not None:
-        found = json.loads(metadata)
+        found = _read_metadata(metadata)
         wanted = {"image_size": side, "patch_size": patch_size, "geometry": geometry}
         for name, value in wanted.items():
-            if found.get(name) not in (value, ""):
+            # A group may not know how its image became S x S.
+            if found.get(name) != value and not (name == "geometry" and found.get(name) == ""):
                 raise ValueError(f"A patch group was made with {name} {found.get(name)!r}; wanted {value!r}.")
     alpha = rgba[..., 3]
     kinds = [kind for kind, value in enumerate(GROUP_ALPHA) if (alpha == value).any()]
@@ -206,3 +221,22 @@ def read_group(
     if alpha[grid:].any() or alpha[:, grid:].any() or not patch_mask.any():
         raise ValueError("A patch group owns pixels outside its patch grid only; wanted at least one patch.")
     return make_group(np.ascontiguousarray(rgba[..., :3]), patch_mask, kinds[0], patch_size)
+
+
+def _read_metadata(text: str) -> dict:
+    """The values of a PNG's text.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        values = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"A patch group's text {METADATA_KEY!r} is damaged ({error}); wanted JSON."
+        ) from None
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"A patch group's text {METADATA_KEY!r} is damaged ({text[:60]!r}); wanted a JSON object."
+        )
+    return values

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache, DynamicCache
 
+from .adapter_rows_backdrop import prefix_modules, row_adapters
 from .background_prefix_backdrop import background_prefix
 from .cache_keys_backdrop import in_namespace, prefix_run_key
+from .configuration_backdrop import VisionFeatures
 from .group_features_backdrop import EncodedGroups, group_features
 from .prefix_pass_backdrop import load_background_prefix
 from .prefix_rules_backdrop import may_load_prefix
-from .prompt_layout_backdrop import PromptBatch, prompt_rows, rows_of_groups
+from .prompt_layout_backdrop import PromptBatch, prompt_rows, rows_of_groups, unseen_tokens
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,11 @@ class PrefillPlan:
 
 
 def plan_prefill(
-    model, prompt: PromptBatch, past_key_values: Cache | None, cached: int = 0, load: bool = True
+    model,
+    prompt: PromptBatch,
+    past_key_values: Cache | None,
+    cached: int = 0,
+    refusal: str | None = None,
 ) -> PrefillPlan:
     """The plan for a prompt of `L` positions.
 
@@ -37,14 +43,11 @@ def plan_prefill(
         model: the `BackdropModel`.
         past_key_values: the cache of this generation.
         cached: positions that it holds.
-        load: whether a prefix may be loaded.
+        refusal: why no prefix may be loaded, where the caller knows a reason.
     """
-    may_load = (
-        load
-        and not cached
-        and may_load_prefix(model, prompt.attention_mask, prompt.position_ids, past_key_values)
-    )
-    return PrefillPlan(prompt.on_host(), prefix_run_key(model) if may_load else None, cached)
+    prompt = prompt.on_host()
+    may_load = not cached and may_load_prefix(model, prompt, past_key_values, refusal)
+    return PrefillPlan(prompt, prefix_run_key(model) if may_load else None, cached)
 
 
 def prefill_images(
@@ -55,7 +58,7 @@ def prefill_images(
     Args:
         model: the `BackdropModel`.
         plan: see `plan_prefill`.
-        encoded: the groups of all rows, in order.
+        encoded: the groups of all rows, in order; where some positions are cached, all of them or those not cached yet.
         past_key_values: the cache of this generation, filled where it is empty and a prefix is known.
 
     Returns:
@@ -67,11 +70,10 @@ def prefill_images(
     """
     prompt, cached = plan.prompt, plan.cached
     is_image = prompt.input_ids == model.config.image_token_id
-    rows = rows_of_groups(prompt.input_ids, model.config.image_token_id, encoded.lengths)
-    if plan.run_key is not None:
+    rows, first = rows_of_groups(prompt.input_ids, model.config.image_token_id, encoded.lengths, cached)
+    if plan.run_key is not None and encoded.are_keyed:
         cached = _load_prefix(model, prompt, plan.run_key, rows, encoded, past_key_values)
-    features = _unseen_features(encoded.features, rows, is_image[:, :cached])
-    return cached, torch.cat(features) if features else None
+    return cached, unseen_tokens(encoded.features, rows, is_image[:, first:cached])
 
 
 def prefill_inputs(
@@ -80,6 +82,7 @@ def prefill_inputs(
     pixel_values: torch.Tensor | None,
     patch_mask: torch.Tensor | None,
     group_kind: torch.Tensor | None,
+    vision_features: VisionFeatures,
 ) -> dict:
     """Inputs of `forward` for a whole prompt; see `BackdropGenerationMixin.prepare_prefill`."""
     input_ids, attention_mask, position_ids = prompt.input_ids, prompt.attention_mask, prompt.position_ids
@@ -91,7 +94,7 @@ def prefill_inputs(
     past_key_values, image_embeds, cached = DynamicCache(config=model.config.text_config), None, 0
     if pixel_values is not None:
         plan = plan_prefill(model, PromptBatch(input_ids, attention_mask, position_ids), past_key_values)
-        encoded = group_features(model, pixel_values, patch_mask, group_kind)
+        encoded = group_features(model, pixel_values, patch_mask, group_kind, vision_features)
         cached, image_embeds = prefill_images(model, plan, encoded, past_key_values)
     return {
         "input_ids": input_ids[:, cached:],
@@ -125,28 +128,21 @@ def _load_prefix(
     if position_ids is None:
         position_ids = torch.arange(input_ids.shape[1]).unsqueeze(0)
     position_ids = position_ids.expand(input_ids.shape[0], -1)
+    adapters = row_adapters(*prefix_modules(model))
+    if adapters is not None and len(adapters) != len(rows):
+        return 0  # peft will say so
     prefix = background_prefix(
         PromptBatch(input_ids, prompt.attention_mask, position_ids),
         layout,
         encoded,
         config.image_token_id,
-        in_namespace(model, run_key),
+        [
+            in_namespace(model, run_key, adapter)
+            for adapter in (adapters if adapters is not None else [None] * len(rows))
+        ],
+        adapters,
     )
     if prefix is None:
         return 0
     load_background_prefix(model, prefix, past_key_values, run_key)
     return prefix.length
-
-
-def _unseen_features(
-    features: list[torch.Tensor], rows: list[tuple[int, ...]], seen_placeholders: torch.Tensor
-) -> list[torch.Tensor]:
-    """Row by row, the vision tokens without those whose placeholders are cached (`seen_placeholders [B, c]` bool)."""
-    unseen = []
-    for groups, seen in zip(rows, seen_placeholders.sum(-1).tolist(), strict=True):
-        for g in groups:
-            skip = min(seen, features[g].shape[0])
-            seen -= skip
-            if skip < features[g].shape[0]:
-                unseen.append(features[g][skip:])
-    return unseen

@@ -12,6 +12,7 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from .adapter_rows_backdrop import one_adapter, prefix_modules
 from .background_prefix_backdrop import BackgroundPrefix, PrefixSegment
 from .cache_tiers_backdrop import Lease, synchronized_clock
 from .prefusion_backdrop import grow_cache
@@ -36,17 +37,19 @@ def load_background_prefix(model, prefix: BackgroundPrefix, past_key_values: Cac
     rows: list[list[KeysAndValues]] = []
     for row in prefix.rows:
         values: list[KeysAndValues] = []
-        for segment in row.segments:
-            if segment.key is None:
-                values.append(run_prefix_pass(model, segment, values))
-                continue
-            if segment.key not in loaded:
-                loaded[segment.key] = _load_segment(model, segment, values, lease)
-            values.append(loaded[segment.key])
+        with one_adapter(row.adapter, *prefix_modules(model)):
+            for segment in row.segments:
+                if segment.key is None:
+                    values.append(run_prefix_pass(model, segment, values))
+                    continue
+                if segment.key not in loaded:
+                    loaded[segment.key] = _load_segment(model, segment, values, lease)
+                values.append(loaded[segment.key])
         rows.append(values)
     starts = [row.start for row in prefix.rows]
     _fill(past_key_values, rows, starts, prefix.length)
-    if model.compiled_reuse is not None:
+    # A graph was captured without the adapters that a call names.
+    if model.compiled_reuse is not None and all(row.adapter is None for row in prefix.rows):
         sources = tuple(values[0] for segments in rows for values in segments)
         past_key_values.reused_prefix = ReusedPrefix(run_key, tuple(starts), prefix.length, sources)
     # The cache shares stored tensors until the next pass has copied them.
@@ -57,9 +60,12 @@ def load_background_prefix(model, prefix: BackgroundPrefix, past_key_values: Cac
 def release_background(past_key_values: Cache | None) -> None:
     """Unpins what a cache shared with the background cache.
 
-    Called after each pass, which leaves `past_key_values` with tensors of its own.
+    Called after each pass, which leaves `past_key_values` with tensors of its own. In a compiled pass, where no lock can
+    be taken, what is shared stays pinned until the cache ends.
     """
-    lease = vars(past_key_values).pop("background_lease", None) if past_key_values is not None else None
+    if past_key_values is None or torch.compiler.is_compiling():
+        return
+    lease = vars(past_key_values).pop("background_lease", None)
     if lease is not None:
         lease.release()
 

@@ -1,5 +1,6 @@
 """The processor: images and text to the model's inputs, with each `<image>` expanded to its groups' placeholders."""
 
+import inspect
 import os
 import sys
 
@@ -8,6 +9,13 @@ from transformers import AutoTokenizer
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken
 
+from .call_arguments_backdrop import (
+    LOADING_ARGUMENTS,
+    check_images_per_prompt,
+    check_processor_arguments,
+    check_template_arguments,
+    is_nested,
+)
 from .image_processing_backdrop import BackdropImageProcessor
 
 IMAGE_TOKEN = "<image>"
@@ -38,7 +46,6 @@ class BackdropProcessor(ProcessorMixin):
         use_separators=True,
         extra_tokens_per_group=0,
         chat_template=None,
-        **kwargs,
     ):
         self.use_separators = use_separators
         self.extra_tokens_per_group = extra_tokens_per_group
@@ -56,9 +63,9 @@ class BackdropProcessor(ProcessorMixin):
         """The `BackgroundMatcher`, None while matching is off."""
         return self.image_processor.background_matching
 
-    def enable_background_matching(self, tolerance: float = 0.0, **options):
+    def enable_background_matching(self, preset: str | float | None = None, **options):
         """See `BackdropImageProcessor.enable_background_matching`."""
-        return self.image_processor.enable_background_matching(tolerance, **options)
+        return self.image_processor.enable_background_matching(preset, **options)
 
     def disable_background_matching(self) -> None:
         """See `BackdropImageProcessor.disable_background_matching`."""
@@ -70,9 +77,28 @@ class BackdropProcessor(ProcessorMixin):
         """As `ProcessorMixin`'s. Inside vLLM an ordinary image is one background group (plain LLaVA).
 
         The engine takes one entry of `pixel_values` for each image, so clients split (`backdrop.serving`).
+
+        A text that begins with BOS, as the chat template writes it, gets no second one from the tokenizer: a template
+        applied first and tokenized here gives the ids of `apply_chat_template(tokenize=True)`.
+
+        Args:
+            images: a list of images for each prompt; or one flat list, dealt out in order, to each prompt as many as it
+                has placeholders.
+            text: one prompt or several.
+            kwargs: options of the tokenizer and of the image processor.
+
+        Raises:
+            ValueError: a prompt has another number of placeholders than images.
+            TypeError: an argument that neither takes, videos and audio among them.
         """
+        check_processor_arguments(self, kwargs)
         if images is not None and "vllm" in sys.modules:
             kwargs.setdefault("split", False)
+        texts = [text] if isinstance(text, str) else text or []
+        bos = getattr(self.tokenizer, "bos_token", None)
+        given = "add_special_tokens" in kwargs.get("text_kwargs", {})
+        if bos and texts and not given and all(isinstance(t, str) and t.startswith(bos) for t in texts):
+            kwargs.setdefault("add_special_tokens", False)
         return super().__call__(images=images, text=text, **kwargs)
 
     def validate_inputs(self, images=None, text=None, **kwargs):
@@ -81,23 +107,26 @@ class BackdropProcessor(ProcessorMixin):
         Raises:
             ValueError: the numbers differ.
         """
-        super().validate_inputs(images=images, text=text, **kwargs)
         if text is None:
+            super().validate_inputs(images=images, text=text, **kwargs)
             return
         texts = [text] if isinstance(text, str) else list(text)
-        placeholders = sum(sample.count(self.image_token) for sample in texts)
-        num_images = self.image_processor.num_images(images)
-        if placeholders != num_images:
-            raise ValueError(
-                f"The prompts have {placeholders} {self.image_token} placeholders for {num_images} images; wanted one each."
-            )
+        parts = images if is_nested(images) else [images]
+        counted = [self.image_processor.num_images(part) if part else 0 for part in parts]
+        check_images_per_prompt(images, counted, texts, self.image_token)
+        super().validate_inputs(images=images, text=text, **kwargs)
 
     def apply_chat_template(self, conversation, *args, return_assistant_tokens_mask: bool = False, **kwargs):
         """As transformers'. A mask of assistant tokens needs a version that moves it as placeholders expand.
 
         Raises:
             ValueError: the mask is asked for and this version of transformers would misplace it.
+            TypeError: an argument that is neither the processor's nor named in the template.
         """
+        named = inspect.signature(ProcessorMixin.apply_chat_template).parameters
+        template = args[0] if args else kwargs.get("chat_template")
+        kwargs = check_template_arguments(self, template, kwargs, named)
+        check_processor_arguments(self, kwargs.get("processor_kwargs") or {})
         if return_assistant_tokens_mask and not hasattr(ProcessorMixin, "_adjust_assistant_masks_indices"):
             raise ValueError(
                 f"transformers {transformers.__version__} puts assistant masks at wrong tokens where placeholders are "
@@ -154,15 +183,17 @@ class BackdropProcessor(ProcessorMixin):
         return ["groups_per_image"]
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
-        """Upper bound of the tokens per image: two groups, both with their extras and separators."""
+        """Upper bound of the tokens per image: two layers of a background and a fresh group, each with extras and separators."""
         if image_sizes is None:
             return MultiModalData()
-        # A patch can be in both groups: a stale one of a matched image, or one in the ring of an overlapping split.
-        patches = 2 * self.image_processor.num_patches
-        tokens = patches + 2 * self.extra_tokens_per_group + 4 * self.use_separators
-        return MultiModalData(
-            num_image_tokens=[tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
-        )
+        # A patch can be in every group: one that both layers show otherwise than a matched image.
+        groups = 3
+        images = self.image_processor
+        around = groups * (self.extra_tokens_per_group + 2 * self.use_separators)
+        tokens = [
+            groups * images.num_picture_patches(width, height) + around for height, width in image_sizes
+        ]
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(image_sizes))
 
     # ---- saving and loading
 
@@ -178,13 +209,18 @@ class BackdropProcessor(ProcessorMixin):
         """As transformers', and the detector's weights with it."""
         os.makedirs(save_directory, exist_ok=True)
         self.image_processor.save_detector(save_directory)
+        auto_map = self.image_processor.save_code(save_directory)
+        if auto_map:  # AutoProcessor reads the processor's own entry, which loading drops
+            self.auto_map = auto_map
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         # AutoImageProcessor would load a second copy of the class from an exported folder, and does not know the class
-        # without one.
-        image_processor = BackdropImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        # without one. Every argument but the image processor's may be the tokenizer's, which takes any.
+        options = LOADING_ARGUMENTS | set(BackdropImageProcessor.valid_kwargs.__annotations__)
+        of_images = {name: value for name, value in kwargs.items() if name in options or name[0] == "_"}
+        image_processor = BackdropImageProcessor.from_pretrained(pretrained_model_name_or_path, **of_images)
         return [image_processor, AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)]
 
 

@@ -23,6 +23,16 @@ class PromptBatch:
     attention_mask: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
 
+    def first(self, length: int | None) -> "PromptBatch":
+        """The first `length` positions, None: all of them; forms that cannot be laid out stay as they are."""
+        if length is None:
+            return self
+        mask, positions = (
+            form[:, :length] if isinstance(form, torch.Tensor) and form.ndim == 2 else form
+            for form in (self.attention_mask, self.position_ids)
+        )
+        return PromptBatch(self.input_ids[:, :length], mask, positions)
+
     def on_host(self) -> "PromptBatch":
         """The same on the CPU, as far as it can be laid out."""
         mask, positions = (
@@ -52,39 +62,67 @@ class PromptRow:
 
 
 def rows_of_groups(
-    input_ids: torch.Tensor, image_token_id: int, tokens_per_group: list[int]
-) -> list[tuple[int, ...]]:
+    input_ids: torch.Tensor, image_token_id: int, tokens_per_group: list[int], cached: int = 0
+) -> tuple[list[tuple[int, ...]], int]:
     """Which groups belong to which row, from the placeholders that each row holds.
+
+    The groups are those of all placeholders or, where a conversation goes on, those of the placeholders that are not
+    cached yet: the numbers of tokens say which, as they differ by what is cached.
 
     Args:
         input_ids: `[B, L]`.
         tokens_per_group: placeholders that each of the `G` groups stands for, in order of appearance.
+        cached: positions of each row that are cached.
 
     Returns:
-        For each row the indices of its groups.
+        For each row the indices of its groups, and the column from which the placeholders were counted, 0 or `cached`.
 
     Raises:
         ValueError: the placeholders of a row are not a whole number of groups.
     """
-    placeholders = (input_ids == image_token_id).sum(-1).tolist()
+    is_image = input_ids == image_token_id
+    every, new = (is_image[:, first:].sum(-1).tolist() for first in (0, cached))
+    given = sum(tokens_per_group)
+    first = cached if given == sum(new) and given != sum(every) else 0
     rows, g = [], 0
-    for row, wanted in enumerate(placeholders):
-        first, found = g, 0
+    for row, wanted in enumerate(new if first else every):
+        start, found = g, 0
         while found < wanted and g < len(tokens_per_group):
             found += tokens_per_group[g]
             g += 1
         if found != wanted:
+            behind = f" ({new[row]} behind the cached {cached} positions)" if cached else ""
             raise ValueError(
-                f"Image features and image tokens do not match: row {row} has {wanted} placeholders, "
-                f"its groups {list(range(first, g))} have {found} patch tokens."
+                f"Image features and image tokens do not match: row {row} has {wanted} placeholders{behind}, "
+                f"its groups {list(range(start, g))} have {found} patch tokens."
             )
-        rows.append(tuple(range(first, g)))
+        rows.append(tuple(range(start, g)))
     if g != len(tokens_per_group):
         raise ValueError(
             f"Image features and image tokens do not match: {len(tokens_per_group)} groups were given, "
             f"the placeholders account for {g}."
         )
-    return rows
+    return rows, first
+
+
+def unseen_tokens(
+    features: list[torch.Tensor], rows: list[tuple[int, ...]], seen_placeholders: torch.Tensor
+) -> torch.Tensor | None:
+    """The vision tokens `[n, D]` of the placeholders that are not cached, row by row; None if there are none.
+
+    Args:
+        features: `G` tensors `[n_g, D]`.
+        rows: the indices of each row's groups.
+        seen_placeholders: `[B, c]` bool, the row's placeholders that are cached.
+    """
+    unseen = []
+    for groups, seen in zip(rows, seen_placeholders.sum(-1).tolist(), strict=True):
+        for g in groups:
+            skip = min(seen, features[g].shape[0])
+            seen -= skip
+            if skip < features[g].shape[0]:
+                unseen.append(features[g][skip:])
+    return torch.cat(unseen) if unseen else None
 
 
 def prompt_rows(

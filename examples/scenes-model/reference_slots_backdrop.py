@@ -10,7 +10,7 @@ import numpy as np
 
 
 class SlotFile:
-    """Slots for pixels `[S, S, 3]` and masks `[P]`. It only grows. Not thread-safe.
+    """Slots for pixels `[S, S, 3]`, masks `[P]` and noise `[4 P]`. It only grows. Not thread-safe.
 
     Args:
         side: `S`, pixels.
@@ -21,7 +21,7 @@ class SlotFile:
     def __init__(self, side: int, patches: int, folder: str | None):
         self.side, self.patches, self.folder = side, patches, folder
         self.num_slots = 0
-        self._slot_bytes = side * side * 3 + patches
+        self._slot_bytes = side * side * 3 + 5 * patches
         self._chunks: list[np.ndarray] = []  # one mapped file each
         self._first_slots: list[int] = []  # of each chunk
         self._free: list[int] = []
@@ -66,16 +66,23 @@ class SlotFile:
         self.num_slots += slots
 
     def write(self, slot: int, pixels: np.ndarray, patch_mask: np.ndarray) -> None:
-        """Fills a slot with uint8 `[S, S, 3]` and bool `[P]`."""
+        """Fills a slot with uint8 `[S, S, 3]` and bool `[P]`; nothing is known of its noise."""
         content = self._content(slot)
         content[: pixels.size] = pixels.reshape(-1)
-        content[pixels.size :] = patch_mask
+        content[pixels.size : pixels.size + self.patches] = patch_mask
+        content[pixels.size + self.patches :] = 0
 
-    def read(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
-        """A copy of a slot's pixels, uint8 `[S, S, 3]`, and mask, bool `[P]`."""
+    def write_noise(self, slot: int, noise: np.ndarray) -> None:
+        """Adds uint8 `[4 P]` to a slot, see `patch_noise_backdrop`."""
+        self._content(slot)[-4 * self.patches :] = noise
+
+    def read(self, slot: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A copy of a slot's pixels, uint8 `[S, S, 3]`, mask, bool `[P]`, and noise, uint8 `[4 P]`."""
         content = np.array(self._content(slot))
-        pixels = content[: -self.patches].reshape(self.side, self.side, 3)
-        return pixels, content[-self.patches :].view(bool)
+        pixels, mask, noise = np.split(
+            content, (content.size - 5 * self.patches, content.size - 4 * self.patches)
+        )
+        return pixels.reshape(self.side, self.side, 3), mask.view(bool), noise
 
     def _content(self, slot: int) -> np.ndarray:
         """The mapped bytes of a slot."""

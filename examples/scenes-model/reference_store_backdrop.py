@@ -6,17 +6,20 @@ comparing with an image are found.
 
 import time
 from collections import Counter, OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers.utils import logging
 
-from .patch_groups_backdrop import grid_side, only_owned
+from .background_layers_backdrop import Layer, read_only, stacked
+from .patch_groups_backdrop import grid_side
+from .patch_noise_backdrop import levels_from_bytes, levels_to_bytes
 from .reference_descriptors_backdrop import Candidate, DescriptorTable
 from .reference_slots_backdrop import SlotFile
 
 logger = logging.get_logger(__name__)
 
+MOST_LAYERS = 2  # of a background; each takes a slot
 FIRST_SLOTS = 16  # slots of a file's first chunk; every further chunk doubles what there is
 
 
@@ -25,21 +28,48 @@ class Reference:
     """A background seen before. The store gives it with read-only arrays.
 
     Attributes:
-        pixels: uint8 `[S, S, 3]`, 0 outside the owned patches.
-        patch_mask: bool `[P]`, the patches it owns.
-        reference_id: unique in its matcher, never given twice.
+        layers: one or two, what has stayed long before what has settled lately.
+        pixels: uint8 `[S, S, 3]`, what the layers show together, 0 outside the owned patches.
+        patch_mask: bool `[P]`, the patches that it owns.
+        reference_id: unique in its matcher, never given twice; a layer made anew makes another reference.
+        noise: float32 `[P, 4]`, what is known of the noise of its patches, see `patch_noise_backdrop`; 0: nothing.
     """
 
+    layers: tuple[Layer, ...]
     pixels: np.ndarray
     patch_mask: np.ndarray
     reference_id: int
+    noise: np.ndarray
+
+    @classmethod
+    def of_layers(
+        cls, layers: tuple[Layer, ...], reference_id: int, noise: np.ndarray, patch_size: int
+    ) -> "Reference":
+        """The reference that these layers make."""
+        together = stacked(layers, patch_size)
+        return cls(layers, together.pixels, together.patch_mask, reference_id, noise)
+
+
+@dataclass(frozen=True)
+class KnownBackground:
+    """What a list of references tells of one.
+
+    Attributes:
+        reference_id: its number.
+        namespace: whose it is.
+        age: seconds since it was added.
+    """
+
+    reference_id: int
+    namespace: str
+    age: float
 
 
 @dataclass(frozen=True)
 class _Entry:
     table: tuple[str, int]  # namespace and S: which table has its descriptor
     descriptor: int  # its number in the table
-    slot: int  # in the file of this S
+    slots: tuple[int, ...]  # of its layers, in the file of this S
     created: float  # seconds, monotonic clock
 
 
@@ -70,43 +100,76 @@ class ReferenceStore:
         self._files: dict[int, SlotFile] = {}  # by S
         self._next_id = 0
 
+    def known(self) -> list[KnownBackground]:
+        """All references, the least recently used first."""
+        now = time.monotonic()
+        return [
+            KnownBackground(number, entry.table[0], now - entry.created)
+            for number, entry in self._entries.items()
+        ]
+
     def __len__(self) -> int:
         return len(self._entries)
 
     def __contains__(self, reference_id: int) -> bool:
         return reference_id in self._entries
 
-    def add(self, namespace: str, image: np.ndarray, patch_mask: np.ndarray) -> Reference | None:
+    def add(
+        self,
+        namespace: str,
+        image: np.ndarray,
+        layers: tuple[Layer, ...],
+        noise: np.ndarray | None = None,
+    ) -> Reference | None:
         """Keeps a background.
 
         Args:
             namespace: whose.
-            image: uint8 `[S, S, 3]`, the whole frame; only its owned patches are kept.
-            patch_mask: bool `[P]`, the patches that it owns.
+            image: uint8 `[S, S, 3]`, a whole frame of it, by which it is found.
+            layers: one or two.
+            noise: float32 `[P, 4]`, of its patches; None: not known.
 
         Returns:
             The new reference; None where there is no room for it (a full disk).
         """
-        side = image.shape[0]
+        side, patches = image.shape[0], len(layers[0].patch_mask)
         while len(self._entries) >= self.max_references:
             self._evict(namespace)
-        file = self._files.setdefault(side, SlotFile(side, len(patch_mask), self.folder))
-        slot = self._acquire_slot(file, namespace)
-        if slot is None:
-            return None
-        pixels = only_owned(image, patch_mask, self.patch_size)
-        file.write(slot, pixels, patch_mask)
-        table = self._tables.setdefault(
-            (namespace, side), DescriptorTable(grid_side(patch_mask), self.patch_size)
-        )
+        file = self._files.setdefault(side, SlotFile(side, patches, self.folder))
+        slots: list[int] = []
+        for layer in layers:
+            slot = self._acquire_slot(file, namespace)
+            if slot is None:
+                for taken in slots:
+                    file.release(taken)
+                return None
+            file.write(slot, layer.pixels, layer.patch_mask)
+            slots.append(slot)
+        noise = np.zeros((patches, 4), dtype=np.float32) if noise is None else noise
+        file.write_noise(slots[0], levels_to_bytes(noise))
         reference_id = self._next_id
         self._next_id += 1
-        descriptor = table.add(reference_id, image, patch_mask)
+        reference = Reference.of_layers(layers, reference_id, noise, self.patch_size)
+        table = self._tables.setdefault(
+            (namespace, side), DescriptorTable(grid_side(reference.patch_mask), self.patch_size)
+        )
+        descriptor = table.add(reference_id, image, reference.patch_mask)
         created = time.monotonic()
-        self._entries[reference_id] = _Entry((namespace, side), descriptor, slot, created)
+        self._entries[reference_id] = _Entry((namespace, side), descriptor, tuple(slots), created)
         self._created[reference_id] = created
         self._counts[namespace] += 1
-        return _read_only(Reference(pixels, patch_mask.copy(), reference_id))
+        return reference
+
+    def write_noise(self, reference_id: int, noise: np.ndarray) -> None:
+        """Keeps what is known by now of a reference's noise, float32 `[P, 4]`. An unknown id is ignored."""
+        entry = self._entries.get(reference_id)
+        if entry is not None:
+            self._files[entry.table[1]].write_noise(entry.slots[0], levels_to_bytes(noise))
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids of all references, the least recently used first."""
+        return list(self._entries)
 
     def of_namespace(self, namespace: str) -> list[int]:
         """The ids of a namespace's references, the least recently used first."""
@@ -128,8 +191,9 @@ class ReferenceStore:
         renumbered = table.remove(entry.descriptor)
         if renumbered is not None:
             other = self._entries[renumbered]
-            self._entries[renumbered] = _Entry(other.table, entry.descriptor, other.slot, other.created)
-        self._files[side].release(entry.slot)
+            self._entries[renumbered] = replace(other, descriptor=entry.descriptor)
+        for slot in entry.slots:
+            self._files[side].release(slot)
         if not table.count:
             del self._tables[entry.table]
 
@@ -167,8 +231,9 @@ class ReferenceStore:
             KeyError: there is none with this id.
         """
         entry = self._entries[reference_id]
-        pixels, patch_mask = self._files[entry.table[1]].read(entry.slot)
-        return _read_only(Reference(pixels, patch_mask, reference_id))
+        stored = [self._files[entry.table[1]].read(slot) for slot in entry.slots]
+        layers = tuple(read_only(Layer(pixels, patch_mask)) for pixels, patch_mask, _ in stored)
+        return Reference.of_layers(layers, reference_id, levels_from_bytes(stored[0][2]), self.patch_size)
 
     def clear(self) -> None:
         """Forgets everything and gives the files back."""
@@ -199,7 +264,7 @@ class ReferenceStore:
         if not file.has_free_slot:
             wanted = max(FIRST_SLOTS, file.num_slots)
             try:
-                file.grow(min(wanted, self.max_references - file.num_slots))
+                file.grow(min(wanted, MOST_LAYERS * self.max_references - file.num_slots))
             except OSError as error:
                 # A full disk costs references, never an answer.
                 logger.warning_once(
@@ -208,8 +273,3 @@ class ReferenceStore:
         while not file.has_free_slot and self._entries:
             self._evict(namespace)
         return file.acquire()
-
-
-def _read_only(reference: Reference) -> Reference:
-    reference.pixels.flags.writeable = reference.patch_mask.flags.writeable = False
-    return reference

@@ -32,6 +32,9 @@ class ReusedPrefix:
     length: int
     sources: tuple[torch.Tensor, ...]
 
+    def __deepcopy__(self, memo) -> "ReusedPrefix":
+        return self  # it names stored tensors, which nobody writes to
+
 
 class PrefixBuffer:
     """Keys and values of all layers, `[2 * layers, B, H, prefix + new, d]`, at fixed addresses.

@@ -36,11 +36,18 @@ _ENVIRONMENT = (
     "TORCH_CPP_LOG_LEVEL",
     "KINETO_LOG_LEVEL",
     "CUBLAS_WORKSPACE_CONFIG",
+    # Up to 8.4.0 a detector on the CPU hides every GPU from the process.
+    "CUDA_VISIBLE_DEVICES",
 )
+# By these ultralytics knows, as it is imported, that it trains a YOLO over several processes: it would wait for the others at
+# barriers, and they, which train another model with it, may not need a detector at that moment, or at all.
+_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 def import_ultralytics() -> SimpleNamespace:
     """The names that are used of ultralytics. Call inside `undisturbed`: the first import takes a second or more.
+
+    Imported here first, it works as in a single process: it never waits for others of a distributed training.
 
     Raises:
         ImportError: If ultralytics is not installed, or cannot be imported.
@@ -51,21 +58,30 @@ def import_ultralytics() -> SimpleNamespace:
         import cv2
 
         threads = cv2.getNumThreads()
-        from ultralytics import YOLO, __version__
-        from ultralytics.models.yolo.detect import DetectionPredictor
-        from ultralytics.models.yolo.segment import SegmentationPredictor
-        from ultralytics.nn.tasks import DetectionModel, SegmentationModel
-        from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
+        with _without(_RANKS):
+            from ultralytics import RTDETR, YOLO, __version__
+            from ultralytics.models.rtdetr import RTDETRPredictor
+            from ultralytics.models.yolo.detect import DetectionPredictor
+            from ultralytics.models.yolo.segment import SegmentationPredictor
+            from ultralytics.nn.tasks import DetectionModel, RTDETRDetectionModel, SegmentationModel
+            from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
         cv2.setNumThreads(threads)  # ultralytics sets it to none for the whole process
     except ImportError as error:
         raise ImportError(f"ultralytics is installed but cannot be imported: {error}") from error
     return SimpleNamespace(
         YOLO=YOLO,
-        DetectionModel=DetectionModel,
-        SegmentationModel=SegmentationModel,
-        DetectionPredictor=DetectionPredictor,
-        SegmentationPredictor=SegmentationPredictor,
+        RTDETR=RTDETR,
+        networks={
+            "detect": DetectionModel,
+            "segment": SegmentationModel,
+            "rtdetr": RTDETRDetectionModel,
+        },
+        predictors={
+            "detect": DetectionPredictor,
+            "segment": SegmentationPredictor,
+            "rtdetr": RTDETRPredictor,
+        },
         version=__version__,
         GITHUB_ASSETS_NAMES=GITHUB_ASSETS_NAMES,
     )
@@ -82,12 +98,12 @@ def undisturbed(device: torch.device) -> Iterator[None]:
     Args:
         device: Where the detector runs; the random state of that GPU is restored too.
     """
-    environment = {name: os.environ.get(name) for name in _ENVIRONMENT}
     threads = torch.get_num_threads()
     image_open, torch_save = Image.open, torch.save
     on_cuda = device.type == "cuda"
     try:
         with (
+            _kept(_ENVIRONMENT),
             muted(),
             np.printoptions(),
             torch.inference_mode(False),
@@ -99,11 +115,29 @@ def undisturbed(device: torch.device) -> Iterator[None]:
     finally:
         Image.open, torch.save = image_open, torch_save
         torch.set_num_threads(threads)
-        for name, value in environment.items():
+
+
+@contextlib.contextmanager
+def _kept(names: tuple[str, ...]) -> Iterator[None]:
+    """Gives environment variables back the values that they have now."""
+    values = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in values.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _without(names: tuple[str, ...]) -> Iterator[None]:
+    """Takes environment variables away for a while."""
+    with _kept(names):
+        for name in names:
+            os.environ.pop(name, None)
+        yield
 
 
 @contextlib.contextmanager
@@ -145,26 +179,26 @@ def read_checkpoint(libs: SimpleNamespace, name: str | os.PathLike) -> tuple[dic
     if path.suffix not in (".pt", ".yaml") or not (path.is_file() or downloadable):
         raise ValueError(
             f"detector {str(name)!r} is neither a file nor a checkpoint that ultralytics knows; "
-            "wanted the path of a .pt or .yaml file, or a name such as 'yolov8n.pt' or 'yolo26n.pt'"
+            "wanted the path of a .pt or .yaml file, a name such as 'yolov8n.pt' or 'yolo26n.pt', or the folder or Hub id of "
+            "an object detector of transformers"
         )
     try:
         # A download draws its progress on stdout, where a command may be printing JSON.
         with contextlib.redirect_stdout(sys.stderr):
-            network = libs.YOLO(str(name)).model.eval()
+            # YOLO reads RT-DETR's checkpoints too, but not its descriptions.
+            described = path.suffix == ".yaml" and "RTDETRDecoder" in path.read_text(encoding="utf-8")
+            network = (libs.RTDETR if described else libs.YOLO)(str(name)).model.eval()
     except OSError as error:
         raise OSError(
             f"detector {str(name)!r} could not be read or downloaded: {_one_line(error)}"
         ) from error
     except Exception as error:
         raise ValueError(f"detector {str(name)!r} could not be loaded: {_one_line(error)}") from error
-    if type(network) is libs.SegmentationModel:
-        task = "segment"
-    elif type(network) is libs.DetectionModel:
-        task = "detect"
-    else:
+    task = next((task for task, kind in libs.networks.items() if type(network) is kind), None)
+    if task is None:
         raise ValueError(
             f"detector {str(name)!r} is a {type(network).__name__}; "
-            "wanted a YOLO detection or segmentation model"
+            "wanted a YOLO detection or segmentation model, or an RT-DETR"
         )
     names = dict(enumerate(network.names)) if isinstance(network.names, list) else network.names
     stride = _stride(network)
@@ -177,7 +211,7 @@ def read_checkpoint(libs: SimpleNamespace, name: str | os.PathLike) -> tuple[dic
         "names": [str(names[key]) for key in sorted(names)],
         "architecture": {key: value for key, value in network.yaml.items() if key != "yaml_file"},
         "activations": _activations(network),
-        "probe": _probe(network, stride),
+        "probe": _probe(network, stride, task),
     }
     return description, {key: value.cpu().contiguous() for key, value in network.state_dict().items()}
 
@@ -197,9 +231,10 @@ def build_network(
         ValueError: If the weights are not those of this architecture, or the installed ultralytics builds another
             network from it.
     """
-    network_class = {"detect": libs.DetectionModel, "segment": libs.SegmentationModel}[description["task"]]
     # ultralytics writes into the architecture that it is given.
-    network = network_class(copy.deepcopy(description["architecture"]), ch=3, verbose=False)
+    network = libs.networks[description["task"]](
+        copy.deepcopy(description["architecture"]), ch=3, verbose=False
+    )
     wanted = network.state_dict()
     wrong = sorted(wanted.keys() ^ weights.keys())
     wrong += [name for name in wanted if name in weights and wanted[name].shape != weights[name].shape]
@@ -218,7 +253,7 @@ def build_network(
         wanted_kind = description["activations"].get(name)
         if wanted_kind != kind and wanted_kind in _PLAIN_ACTIVATIONS:
             network.set_submodule(name, _PLAIN_ACTIVATIONS[wanted_kind]())
-    before, now = description["probe"], _probe(network, description["stride"])
+    before, now = description["probe"], _probe(network, description["stride"], description["task"])
     # Versions also differ in which of a network's two heads they run: only the convolutions of both are compared.
     common = before.keys() & now.keys()
     if not common or not all(math.isclose(before[name], now[name], rel_tol=1e-2) for name in common):
@@ -235,12 +270,11 @@ def make_predictor(libs: SimpleNamespace, network: torch.nn.Module, task: str, d
     Args:
         libs: From `import_ultralytics`.
         network: From `build_network`.
-        task: `"detect"` or `"segment"`.
+        task: `"detect"`, `"segment"` or `"rtdetr"`.
         device: Where it runs.
     """
-    predictors = {"detect": libs.DetectionPredictor, "segment": libs.SegmentationPredictor}
     overrides = {
-        "task": task,
+        "task": "segment" if task == "segment" else "detect",
         "mode": "predict",
         "device": str(device),
         "rect": False,
@@ -253,14 +287,14 @@ def make_predictor(libs: SimpleNamespace, network: torch.nn.Module, task: str, d
         "name": ".",
         "exist_ok": True,
     }
-    predictor = predictors[task](overrides=overrides)
+    predictor = libs.predictors[task](overrides=overrides)
     predictor.callbacks.clear()  # they send usage statistics over the network
     predictor.setup_model(network, verbose=False)
     return predictor
 
 
 def run_predictor(predictor, batch: list[np.ndarray], device: torch.device) -> list:
-    """ultralytics' result for each image of a batch, `[M, M, 3]` uint8 BGR, M a multiple of the stride."""
+    """ultralytics' result for each image of a batch, uint8 BGR `[h, w, 3]` of one size, multiples of the stride."""
     # The size is the images' own, so that ultralytics' letterbox neither scales nor pads.
     predictor.args.imgsz = list(batch[0].shape[:2])
     cuda = [device] if device.type == "cuda" else []
@@ -272,25 +306,27 @@ def run_predictor(predictor, batch: list[np.ndarray], device: torch.device) -> l
     return results
 
 
-def detections_from_result(result, size: int, task: str, names: dict[int, str]) -> Detections:
+def detections_from_result(result, size: tuple[int, int], task: str, names: dict[int, str]) -> Detections:
     """ultralytics' result for one padded image, cut back to the image.
 
     Args:
         result: Of `run_predictor`.
-        size: `S`, the side of the image without its padding, in pixels.
+        size: height and width of the image without its padding, in pixels.
         task: `"segment"` reads the instance masks too.
         names: The detector's class names by class id.
 
     Returns:
-        The detections of which something is left inside `S x S`.
+        The detections of which something is left inside the image.
     """
-    xyxy = result.boxes.xyxy.cpu().numpy().astype(np.float32).clip(0, size)
+    height, width = size
+    xyxy = result.boxes.xyxy.cpu().numpy().astype(np.float32).clip(0, [width, height, width, height])
+    xyxy = xyxy.astype(np.float32)
     keep = (xyxy[:, 2] > xyxy[:, 0]) & (xyxy[:, 3] > xyxy[:, 1])
     masks = None
     if task == "segment":
-        masks = np.zeros((0, size, size), dtype=bool)
+        masks = np.zeros((0, height, width), dtype=bool)
         if result.masks is not None:
-            masks = result.masks.data.cpu().numpy()[:, :size, :size] > 0
+            masks = result.masks.data.cpu().numpy()[:, :height, :width] > 0
             keep &= masks.any(axis=(1, 2))
     found = Detections(
         xyxy=xyxy,
@@ -299,7 +335,8 @@ def detections_from_result(result, size: int, task: str, names: dict[int, str]) 
         names=names,
         masks=masks,
     )
-    return found.select(keep)
+    order = np.argsort(-found.confidence, kind="stable")  # RT-DETR's come in the order of its queries
+    return found.select(order[keep[order]])
 
 
 def _one_line(error: Exception) -> str:
@@ -319,7 +356,7 @@ def _activations(network: torch.nn.Module) -> dict[str, str]:
 
 
 @torch.no_grad()
-def _probe(network: torch.nn.Module, stride: int) -> dict[str, float]:
+def _probe(network: torch.nn.Module, stride: int, task: str) -> dict[str, float]:
     """Mean absolute output of each convolution of the head for one fixed image, by module name.
 
     It recognises the network: equal tensor names and shapes do not prove that two versions of ultralytics compute
@@ -335,7 +372,7 @@ def _probe(network: torch.nn.Module, stride: int) -> dict[str, float]:
 
     convolutions = [(n, m) for n, m in network.model[-1].named_modules() if isinstance(m, torch.nn.Conv2d)]
     handles = [module.register_forward_hook(note(name)) for name, module in convolutions]
-    side = 2 * stride
+    side = (8 if task == "rtdetr" else 2) * stride  # RT-DETR picks its queries among the places of the grid
     network((torch.arange(3 * side * side, dtype=torch.float32) * 0.618).frac().view(1, 3, side, side))
     for handle in handles:
         handle.remove()
