@@ -5,8 +5,7 @@ are, run prefusion, run the language model. Training, evaluation, generation and
 With one group of all patches, no separators and untrained prefusion it computes what `LlavaForConditionalGeneration`
 computes.
 
-Beside this file: encoding of groups (`group_features`, `grouped_vision`), prefusion, generation and prefill, the
-background cache, strict loading, what a forward pass returns and which arguments it takes.
+Beside this file: encoding of groups, prefusion, generation and prefill, the cache, loading, outputs, arguments.
 
 Shapes: `B` rows, `L` positions, `G` groups of all rows in order of appearance, `P` patches, `S` image side,
 `n_g` tokens of group g, `D` text width.
@@ -123,10 +122,6 @@ class BackdropModel(BackdropPreTrainedModel):
             return input_ids == self.config.image_token_id
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-
-    def tokens_per_group(self, patch_mask: torch.Tensor) -> list[int]:
-        """Tokens that each group yields: its patches, and the CLS token where it is kept. `patch_mask [G, P]`."""
-        return (patch_mask.sum(-1) + self.config.extra_tokens_per_group).tolist()
 
     @can_return_tuple
     def get_image_features(
