@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from backdrop.modeling.configuration_backdrop import BackdropConfig
 
@@ -361,6 +363,17 @@ def _overall(form: dict) -> float:
     return value["value"]
 
 
+def _is_hub_id(name: object) -> bool:
+    """Whether a model's name is that of a repository on the Hub, and no folder of this machine."""
+    if not isinstance(name, str) or Path(name).exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def recorded_base(folder: str | Path) -> str | None:
     """The Hub id of the model that a checkpoint came from, as its card or those of the checkpoints before it say."""
     place: str | Path | None = folder
@@ -373,7 +386,7 @@ def recorded_base(folder: str | Path) -> str | None:
         if card.is_file():
             head = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8"), re.DOTALL)
             fields = (yaml.safe_load(head.group(1)) if head else None) or {}
-            if isinstance(fields.get("base_model"), str):
+            if _is_hub_id(fields.get("base_model")):  # peft's own cards name folders of this machine
                 return fields["base_model"]
         before = None
         if stage.is_file():

@@ -183,7 +183,7 @@ def test_other_classes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="LlavaForConditionalGeneration cannot be exported; wanted backdrop"):
         export(tiny.llava_model(), processor, tmp_path / "out")
     tiny.llava_model().save_pretrained(tmp_path / "llava")
-    with pytest.raises(ValueError, match="is of model type 'llava'"):
+    with pytest.raises(ValueError, match="is a model of type 'llava'; wanted 'backdrop'"):
         export_checkpoint(tmp_path / "llava", tmp_path / "out")
     with pytest.raises(ValueError, match="neither config.json nor adapter_config.json"):
         export_checkpoint(tmp_path / "nowhere", tmp_path / "out")
