@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ from backdrop.processing.patch_groups_backdrop import group_to_image, save_group
 from backdrop.processing.processing_backdrop import IMAGE_TOKEN, SEPARATOR_TOKENS, BackdropProcessor
 
 REPO = "owner/tiny-backdrop"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+# transformers keeps the code of a repository by its commit, in the user's own cache: no two runs may share one.
+COMMIT = uuid.uuid4().hex + "01234567"
 QUESTIONS = ("what is shown?", "a red bus?")
 
 
