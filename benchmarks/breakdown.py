@@ -18,7 +18,7 @@ import torch
 STAGES = {
     "detector": ("backdrop.benchmarks.planted_detector:PlantedDetector.detect",),
     "decode and resize": (
-        "backdrop.processing.image_processing_backdrop:BackdropImageProcessor._prepared",
+        "backdrop.processing.image_processing_backdrop:prepared_images",
         "transformers.models.clip.image_processing_clip:CLIPImageProcessor._preprocess",
     ),
     "match": (

@@ -32,6 +32,11 @@ class PlantedDetector:
         self._detector = detector
         self._boxes: list = []
 
+    @property
+    def names(self) -> dict[int, str]:
+        """Of the classes, by id: those of the detector that runs."""
+        return self._detector.names
+
     def plant(self, frames: Sequence[Frame]) -> None:
         """The images of the next call to `detect`, in order."""
         self._boxes = [frame.box for frame in frames]

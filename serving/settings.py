@@ -68,6 +68,7 @@ class Matching(BaseModel):
         max_overridden: largest share of a reference's patches that may be overridden for no known reason.
         max_references: references kept, of all tenants together.
         ttl: seconds after which a reference is forgotten; None: never.
+        refresh, layers, strict, follow_exposure, align: as `BackgroundMatcher` takes them.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -77,6 +78,11 @@ class Matching(BaseModel):
     max_overridden: Annotated[float, Field(ge=0, le=1)] = 0.1
     max_references: Count = 1024
     ttl: Positive | None = 24 * 3600.0
+    refresh: bool = True
+    layers: Literal[1, 2] = 2
+    strict: bool = False
+    follow_exposure: bool = False
+    align: bool = False
 
 
 class GatewaySettings(BaseModel):

@@ -115,7 +115,8 @@ def camera(
         bool, typer.Option(help="Start another reference in the frame in which a change is first seen.")
     ] = False,
     follow_exposure: Annotated[
-        bool, typer.Option("--follow-exposure", help="Undo a change of the camera's exposure before comparing.")
+        bool,
+        typer.Option("--follow-exposure", help="Undo a change of the camera's exposure before comparing."),
     ] = False,
     align: Annotated[
         bool, typer.Option("--align", help="Undo a shake of at most a few pixels before comparing.")

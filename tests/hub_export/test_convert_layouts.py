@@ -55,7 +55,7 @@ def test_a_whole_checkpoint(tmp_path, text, with_tower):
     source = layouts.write_original(tmp_path / "llava", llava, tower, with_tower)
     model, processor = convert(source, separators=False)
     assert_same(llava, model, processor)
-    assert "USER: " in processor.chat_template
+    assert "'USER'" in processor.chat_template
     assert model.generation_config.max_length == 4096
     assert not [name for name, value in model.named_parameters() if value.is_meta]
 

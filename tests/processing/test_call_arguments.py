@@ -171,5 +171,7 @@ def test_lists_that_do_not_fit_their_prompts_name_the_prompt(processor, sizes, m
 
 
 def test_a_flat_list_of_another_length_names_the_prompts(processor):
-    with pytest.raises(ValueError, match=r"3 <image> placeholders for 2 images; wanted one each \(2, 1 by prompt\)"):
+    with pytest.raises(
+        ValueError, match=r"3 <image> placeholders for 2 images; wanted one each \(2, 1 by prompt\)"
+    ):
         processor(images=[scene()] * 2, text=["<image><image> two", "<image> one"])
