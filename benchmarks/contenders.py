@@ -130,9 +130,9 @@ class Contender:
 
     def first_token(self, frames: Sequence[Frame]) -> tuple[float, dict]:
         """Seconds from the images to the first token of every row, and the model's inputs."""
-        if self.detector is not None:
-            self.detector.plant(frames)
         images = [frame.image for frame in frames]
+        if self.detector is not None:
+            self.detector.plant(frames, self.processor.image_processor.model_images(images))
         device = self.model.device
         synchronize(device)
         started = time.perf_counter()
@@ -195,7 +195,7 @@ class Bench:
         """Seconds of the detector alone on images at the model's geometry."""
         processor = self.contenders["cold"].processor.image_processor
         images = processor.model_images([frame.image for frame in frames])
-        self.detector.plant(frames)
+        self.detector.plant(frames, images)
         synchronize(self.device)
         started = time.perf_counter()
         self.detector.detect(images)

@@ -143,7 +143,7 @@ def _cache_parity(llava: LlavaForConditionalGeneration, shape: Shape, device: st
     first: dict[str, list] = {"off": [], "miss": [], "hit": []}
     prepared = []
     for frame in frames:
-        detector.plant([frame])
+        detector.plant([frame], processor.image_processor.model_images([frame.image]))
         inputs = processor(images=[frame.image], text=[PROMPT], return_tensors="pt").to(device, llava.dtype)
         prepared.append(inputs)
         for state in ("off", "miss", "hit"):
@@ -164,7 +164,7 @@ def _cache_parity(llava: LlavaForConditionalGeneration, shape: Shape, device: st
     assert cache is not None, "enabled above"
     hits = cache.stats()["prefix_hits"]
     model.disable_background_cache()
-    detector.plant(frames[:4])
+    detector.plant(frames[:4], processor.image_processor.model_images([frame.image for frame in frames[:4]]))
     batch = processor(
         images=[frame.image for frame in frames[:4]],
         text=[PROMPT] * len(frames[:4]),
@@ -204,7 +204,7 @@ def _device_map_rows(device: str) -> list[dict]:
     detector = PlantedDetector(NoDetector())
     processor = backdrop_processor(shape, detector)
     frame = parity_frames(shape, 1)[0]
-    detector.plant([frame])
+    detector.plant([frame], processor.image_processor.model_images([frame.image]))
     inputs = processor(images=[frame.image], text=[PROMPT], return_tensors="pt")
     wanted = model(**inputs).logits
     maps = {

@@ -30,24 +30,28 @@ class PlantedDetector:
 
     def __init__(self, detector: Detector):
         self._detector = detector
-        self._boxes: list = []
+        self._boxes: dict[bytes, tuple[float, float, float, float] | None] = {}
 
     @property
     def names(self) -> dict[int, str]:
         """Of the classes, by id: those of the detector that runs."""
         return self._detector.names
 
-    def plant(self, frames: Sequence[Frame]) -> None:
-        """The images of the next call to `detect`, in order."""
-        self._boxes = [frame.box for frame in frames]
+    def plant(self, frames: Sequence[Frame], images: Sequence[np.ndarray]) -> None:
+        """The images that it may be asked about, in any order and as often as the processor likes.
+
+        Args:
+            images: the frames at the model's geometry, uint8 `[S, S, 3]`.
+        """
+        self._boxes = {image.tobytes(): frame.box for frame, image in zip(frames, images, strict=True)}
 
     def detect(self, images: Sequence[np.ndarray], **options: Any) -> list[Detections]:
         """As `ObjectDetector.detect`."""
         self._detector.detect(images, **options)
-        if len(images) != len(self._boxes):
-            raise RuntimeError(
-                f"The detector got {len(images)} images; wanted the {len(self._boxes)} planted."
-            )
+        asked = [image.tobytes() for image in images]
+        unknown = sum(image not in self._boxes for image in asked)
+        if unknown:
+            raise RuntimeError(f"The detector got {unknown} images that were not planted; wanted none.")
         return [
             Detections(
                 xyxy=np.array([] if box is None else [box], dtype=np.float32).reshape(-1, 4),
@@ -55,7 +59,7 @@ class PlantedDetector:
                 class_id=np.zeros(int(box is not None), dtype=np.int64),
                 names=self._detector.names,
             )
-            for box in self._boxes
+            for box in (self._boxes[image] for image in asked)
         ]
 
 
