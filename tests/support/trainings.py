@@ -1,5 +1,6 @@
 """A trainer over a folder with a tiny model and eight examples of ready-made groups (the fixture `base`)."""
 
+from io import BytesIO
 from pathlib import Path
 
 import tiny
@@ -8,6 +9,7 @@ from red_square import groups_of, scene
 from trl import ModelConfig, SFTConfig
 
 from backdrop.processing.detector_backdrop import ObjectDetector
+from backdrop.processing.patch_groups_backdrop import save_group
 from backdrop.processing.processing_backdrop import BackdropProcessor
 from backdrop.train.arguments import BackdropArguments
 from backdrop.train.sft import build_trainer
@@ -64,6 +66,13 @@ def trainer_for(base, options=None, **arguments):
     return build_trainer(values, training, options or ModelConfig())
 
 
+def marked(group) -> dict:
+    """A group image as `datasets.Image` stores it, with the text that tells it from a picture of one alpha."""
+    data = BytesIO()
+    save_group(group, data)
+    return {"bytes": data.getvalue(), "path": None}
+
+
 def save_mixed(base: Path, detector: Path) -> None:
     """Gives the model of `base` a YOLO detector, and writes `mixed`: three batches of four examples, in order.
 
@@ -76,7 +85,10 @@ def save_mixed(base: Path, detector: Path) -> None:
     processor.image_processor.confidence, processor.image_processor.objects = 0.0, "most_confident"
     processor.save_pretrained(base / "model")
     pictures = [[scene(14 * (i % 4), 14)] for i in range(6)]
-    grounds = [groups_of(processor.image_processor, picture[0], split=False) for picture in pictures[:2]]
+    grounds = [
+        [marked(group) for group in groups_of(processor.image_processor, picture[0], split=False)]
+        for picture in pictures[:2]
+    ]
     order = [*pictures[:2], [], [], [], [], *pictures[2:4], *grounds, *pictures[4:]]
     Dataset.from_list([example(images, i) for i, images in enumerate(order)], features=FEATURES).save_to_disk(
         base / "mixed"
