@@ -167,8 +167,8 @@ def check_images_per_prompt(images: Any, counted: Iterable[int], texts: list[str
     elif sum(counted) != sum(placeholders):
         shown = f" ({', '.join(map(str, placeholders))} by prompt)" if len(texts) > 1 else ""
         raise ValueError(
-            f"The prompts have {sum(placeholders)} {image_token} placeholders{shown} for {sum(counted)} images; wanted "
-            "one each."
+            f"The prompts have {sum(placeholders)} {image_token} placeholders for {sum(counted)} images; wanted one each"
+            f"{shown}."
         )
 
 

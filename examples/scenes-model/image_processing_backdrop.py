@@ -14,7 +14,7 @@ from transformers.utils import logging
 from .background_matching_backdrop import BackgroundMatcher
 from .call_arguments_backdrop import CONFIGURATION_FIELDS, LOADING_ARGUMENTS, refuse_arguments
 from .detections_backdrop import Detections
-from .detector_choice_backdrop import Detector
+from .detector_access_backdrop import DetectorAccess
 from .image_geometry_backdrop import FIT_STEPS, ImageGeometry, settle_fit
 from .image_loading_backdrop import load_image
 from .image_options_backdrop import BackdropImagesKwargs, check_options
@@ -30,7 +30,7 @@ from .processor_code_backdrop import save_processor_code
 logger = logging.get_logger(__name__)
 
 
-class BackdropImageProcessor(PilBackend):
+class BackdropImageProcessor(DetectorAccess, PilBackend):
     """Takes ordinary images and patch groups, in any mix, and returns the groups of all of them in order.
 
     Its output has `pixel_values [G, 3, S, S]` float32, `patch_mask [G, P]` bool, `group_kind [G]` int64 (0 background,
@@ -350,59 +350,6 @@ class BackdropImageProcessor(PilBackend):
         refuse_arguments(
             cls.__name__, unknown - set(cls.valid_kwargs.__annotations__), "the options of its documentation"
         )
-
-    # ---- detector
-
-    def load_detector(self, **options) -> Detector:
-        """The detector that splits ordinary images, loaded now unless it is in memory.
-
-        Args:
-            options: `detector` and `detector_device` of one call, if they differ from the processor's.
-
-        Raises:
-            ValueError: there is none, or it cannot be used.
-            OSError: it cannot be read or downloaded.
-            ImportError: ultralytics is not installed.
-        """
-        options = self._with_defaults(options)
-        return self._live.detectors.load(options["detector"], options["detector_device"])
-
-    @property
-    def loaded_detector(self) -> Detector | None:
-        """The detector in memory, None before one was needed."""
-        return self._live.detectors.loaded
-
-    @property
-    def has_detector(self) -> bool:
-        """Whether ordinary images can be split: a detector is named, saved in the model's folder, or in memory."""
-        detectors = self._live.detectors
-        return self.detector is not None or detectors.folder is not None or detectors.loaded is not None
-
-    def set_detector(self, detector: Detector) -> None:
-        """Splits with this detector, and writes its weights when the processor is saved.
-
-        Args:
-            detector: anything with `detect`, `names`, `source` and `save`.
-        """
-        self.detector = None
-        self._live.detectors.use(detector, self.detector_device)
-
-    def find_detector(self, pretrained_model_name_or_path, **hub_kwargs) -> None:
-        """Looks for a detector saved beside a processor's configuration.
-
-        Args:
-            pretrained_model_name_or_path: a folder, or a repository on the Hub or in its cache.
-            hub_kwargs: those of `from_pretrained`; what does not concern the Hub is ignored.
-        """
-        self._live.detectors.find(pretrained_model_name_or_path, **hub_kwargs)
-
-    def save_detector(self, folder) -> list[str]:
-        """Writes the detector's weights into a folder if they are at hand.
-
-        Returns:
-            The names of the files that hold them there, [] where they are not at hand.
-        """
-        return self._live.detectors.save(self.detector, folder)
 
     # ---- saving and loading
 

@@ -5,8 +5,7 @@ are, run prefusion, run the language model. Training, evaluation, generation and
 With one group of all patches, no separators and untrained prefusion it computes what `LlavaForConditionalGeneration`
 computes.
 
-Beside this file: encoding of groups (`group_features`, `grouped_vision`), prefusion, generation and prefill, the
-background cache, strict loading, what a forward pass returns and which arguments it takes.
+Beside this file: encoding of groups, prefusion, generation and prefill, the cache, loading, outputs, arguments.
 
 Shapes: `B` rows, `L` positions, `G` groups of all rows in order of appearance, `P` patches, `S` image side,
 `n_g` tokens of group g, `D` text width.
@@ -31,7 +30,7 @@ from .captured_reuse_backdrop import run_language_model
 from .configuration_backdrop import BACKGROUND, OBJECT, BackdropConfig
 from .generation_backdrop import BackdropGenerationMixin
 from .group_features_backdrop import given_image_embeds, group_features
-from .outputs_backdrop import BackdropCausalLMOutputWithPast, BackdropModelOutputWithPast
+from .outputs_backdrop import BackdropCausalLMOutputWithPast, BackdropModelOutputWithPast, kept_positions
 from .prefix_pass_backdrop import release_background
 from .prefusion_backdrop import BackdropPrefusion
 from .projector_backdrop import BackdropProjector
@@ -369,7 +368,7 @@ class BackdropForConditionalGeneration(BackdropPreTrainedModel, BackdropGenerati
             return_dict=True,
             **others,
         )
-        logits = self.lm_head(_keep_positions(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(kept_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -383,17 +382,6 @@ class BackdropForConditionalGeneration(BackdropPreTrainedModel, BackdropGenerati
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
-
-
-def _keep_positions(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """Some positions of `hidden [B, L, D]`, see `BackdropForConditionalGeneration.forward`."""
-    if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2:
-        if logits_to_keep.dtype == torch.bool:
-            return hidden[logits_to_keep]
-        return torch.take_along_dim(hidden, logits_to_keep[..., None], dim=1)
-    if isinstance(logits_to_keep, int):
-        logits_to_keep = slice(-logits_to_keep, None)
-    return hidden[:, logits_to_keep, :]
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What the forward passes return: LLaVA's fields."""
+"""What the forward passes return: LLaVA's fields, and the positions whose logits are asked for."""
 
 from dataclasses import dataclass
 
@@ -24,3 +24,14 @@ class BackdropCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
+
+
+def kept_positions(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Some positions of `hidden [B, L, D]`, see `BackdropForConditionalGeneration.forward`."""
+    if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2:
+        if logits_to_keep.dtype == torch.bool:
+            return hidden[logits_to_keep]
+        return torch.take_along_dim(hidden, logits_to_keep[..., None], dim=1)
+    if isinstance(logits_to_keep, int):
+        logits_to_keep = slice(-logits_to_keep, None)
+    return hidden[:, logits_to_keep, :]
