@@ -8,6 +8,7 @@ observer; staleness is measured here again, from the reference's pixels and the 
 
 import contextlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +32,11 @@ class NoDetector:
     source = "no detector"
 
     def detect(
-        self, images: Sequence[np.ndarray], *, confidence: float = 0.25, classes: list | None = None
+        self,
+        images: Sequence[np.ndarray],
+        *,
+        confidence: float = 0.25,
+        classes: Sequence[int | str] | None = None,
     ) -> list[Detections]:
         """No detections for each image."""
         nothing = Detections(
@@ -42,7 +47,7 @@ class NoDetector:
         )
         return [nothing] * len(images)
 
-    def save(self, folder: str | Path) -> list[str]:
+    def save(self, folder: str | os.PathLike) -> list[str]:
         """It has no weights: writes nothing."""
         return []
 
