@@ -4,7 +4,9 @@ import numpy as np
 from red_square import scene
 from textures import photographed, texture
 
+from backdrop.processing.background_layers_backdrop import make_layer, put_patches
 from backdrop.processing.background_matching_backdrop import BackgroundMatcher
+from backdrop.processing.background_tracking_backdrop import BackgroundTracker
 from backdrop.processing.patch_groups_backdrop import patch_blocks
 from backdrop.processing.staleness_backdrop import patch_staleness
 
@@ -89,3 +91,38 @@ def test_refresh_off_keeps_the_first_frame():
     for _ in range(30):
         assert matcher.match(frame).fresh.sum() == 4
     assert matcher.stats()["refreshes"] == 0
+
+
+def _tracker_of(still: np.ndarray) -> BackgroundTracker:
+    owned = np.ones((still.shape[0] // 14) ** 2, dtype=bool)
+    return BackgroundTracker(
+        still, (make_layer(still, owned, 14),), 14, 10, np.zeros((len(owned), 4), dtype=np.float32)
+    )
+
+
+def _show(tracker: BackgroundTracker, still: np.ndarray, hidden: np.ndarray, seed: int) -> None:
+    """One frame in which other pixels hide the patches of bool `[P]`."""
+    frame = put_patches(still, texture(still.shape[0], seed), hidden, 14)
+    tracker.update(frame, ~hidden)
+
+
+def test_what_has_passed_by_is_no_reason_to_make_the_first_layer_anew():
+    still = texture(168, 0)
+    tracker, hidden = _tracker_of(still), np.arange(144) < 24
+    for frame in range(12):
+        _show(tracker, still, hidden, 100 + frame)
+    assert tracker.first_waste > 0  # were it to stay, it would pay to disown its patches
+    for _ in range(20):
+        _show(tracker, still, np.zeros(144, dtype=bool), 0)
+    assert tracker.first_waste == 0
+
+
+def test_a_first_layer_made_anew_does_not_own_what_is_hidden_just_then():
+    still = texture(168, 0)
+    tracker = _tracker_of(still)
+    for _ in range(20):
+        _show(tracker, still, np.zeros(144, dtype=bool), 0)
+    hidden = np.arange(144) < 24  # for one frame only: too short to be disowned for its own sake
+    _show(tracker, still, hidden, 100)
+    proposal = tracker.propose(0)
+    assert proposal is not None and (proposal.layers[0].patch_mask == ~hidden).all()

@@ -8,7 +8,7 @@ from naive_staleness import naive_staleness
 from textures import photographed, texture
 
 from backdrop.processing.patch_groups_backdrop import patch_blocks
-from backdrop.processing.staleness_backdrop import patch_staleness, reusable_patches
+from backdrop.processing.staleness_backdrop import patch_staleness, patch_structure, reusable_patches
 from backdrop.scenes.recording import plant_character
 
 
@@ -156,3 +156,36 @@ def test_two_lamps_of_equal_brightness_are_told_apart():
     red, green = still.copy(), still.copy()
     red[20:24, 20:24], green[20:24, 20:24] = (200, 50, 50), (50, 200, 50)
     assert not reusable_patches(red, green, 14, 10)[0][5]
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([(98, 14), (96, 16), (45, 5), (6, 1), (30, 3)]),
+    st.floats(1, 250),
+)
+def test_the_structure_of_a_patch_is_its_definition(seed, geometry, strength):
+    side, p = geometry
+    rng = np.random.default_rng(seed)
+    grid, half, tolerance = side // p, p // 2, 10
+    difference = np.clip(rng.normal(0, strength, (side, side, 3)), -255, 255).astype(np.int16)
+    grey, found = difference.sum(axis=2).astype(np.float64), patch_structure(difference, p, tolerance)
+    parts = [slice(0, half), slice(half, p)] if half else [slice(0, 1)]
+    for patch in range(grid * grid):
+        top, left = (index * p for index in divmod(patch, grid))
+        block, colours = grey[top : top + p, left : left + p], difference[top : top + p, left : left + p]
+        mean = block.mean()
+        padded = np.pad(block - np.rint(np.float32(mean)), 1)
+        weights = np.outer([1, 2, 1], [1, 2, 1])
+        smooth = sum(
+            weights[row, column] * padded[row : row + p, column : column + p]
+            for row in range(3)
+            for column in range(3)
+        )
+        lines = max(np.abs(block.mean(axis=axis) - mean).max() for axis in (0, 1))
+        quarters = max(
+            np.abs(colours[rows, columns].mean(axis=(0, 1)) - colours.mean(axis=(0, 1))).max()
+            for rows in parts
+            for columns in parts
+        )
+        wanted = [np.abs(smooth).max() / 48, lines / 3, quarters]
+        assert np.allclose(found[patch, :3], wanted, rtol=1e-4, atol=1e-3), (patch, found[patch], wanted)
