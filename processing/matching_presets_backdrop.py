@@ -21,7 +21,7 @@ def matching_options(preset: object, tolerance: float | None, options: dict) -> 
     Raises:
         ValueError: no such preset, or two tolerances.
     """
-    if isinstance(preset, numbers.Real) and type(preset) is not bool:
+    if preset is not True and isinstance(preset, numbers.Real):
         if tolerance is not None:
             raise ValueError(f"Two tolerances are given, {preset} and {tolerance}; wanted one.")
         preset, tolerance = None, preset
