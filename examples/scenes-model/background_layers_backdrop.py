@@ -41,11 +41,8 @@ def stacked(layers: tuple[Layer, ...], patch_size: int) -> Layer:
 
 def put_patches(pixels: np.ndarray, other: np.ndarray, patch_mask: np.ndarray, patch_size: int) -> np.ndarray:
     """A copy of uint8 `[S, S, 3]` that shows `other` in the patches of bool `[P]`."""
-    result = pixels.copy()
-    target, source = patch_cells(result, patch_size), patch_cells(other, patch_size)
-    chosen = patch_mask.reshape(target.shape[0], -1)
-    target.swapaxes(1, 2)[chosen] = source.swapaxes(1, 2)[chosen]
-    return result
+    # x ^ (x ^ y) is y. Whole lines of bytes are an order of magnitude faster than to pick patches.
+    return pixels ^ only_owned(pixels ^ other, patch_mask, patch_size)
 
 
 def patch_cells(pixels: np.ndarray, patch_size: int) -> np.ndarray:

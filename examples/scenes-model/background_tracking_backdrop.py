@@ -107,7 +107,9 @@ class BackgroundTracker:
         self.objects = np.zeros(
             patches, dtype=bool
         )  # where the last detection found objects, if unchanged since
-        self.first_waste = self.second_waste = 0.0  # patches
+        self.second_waste = 0.0  # patches
+        # What each patch would have spared of late, had the first layer treated it otherwise, in encodings.
+        self._regret = np.zeros(patches, dtype=np.float32)
         self._gain = 0.0  # what a new second layer would spare in the latest frame
         self._shows_first = np.ones(patches, dtype=bool)  # the latest frame
         self._unexplained = np.zeros(patches, dtype=bool)  # in the latest frame: maybe another background's
@@ -117,7 +119,15 @@ class BackgroundTracker:
     @property
     def num_bytes(self) -> int:
         """Bytes of memory."""
-        arrays = (self.estimate, self.age, self.changes, self.shown, self.objects, self._shows_first)
+        arrays = (
+            self.estimate,
+            self.age,
+            self.changes,
+            self.shown,
+            self.objects,
+            self._shows_first,
+            self._regret,
+        )
         kept = sum(array.nbytes for array in arrays) + self.noise.num_bytes + self.watch.num_bytes
         kept += sum(layer.pixels.nbytes + layer.patch_mask.nbytes for layer in self.layers)
         return kept + (self._mean.nbytes if self._mean is not None else 0)
@@ -183,9 +193,13 @@ class BackgroundTracker:
         self.shown += rate * (shows - self.shown)
         fresh = ~(same & self._owned)
         stale = first & ~shows & ~self._stays
-        self.first_waste += STALE_PRICE * (stale & fresh).sum() + HIDDEN_PRICE * (stale & ~fresh).sum()
+        self._regret += np.float32(STALE_PRICE) * (stale & fresh) + np.float32(HIDDEN_PRICE) * (
+            stale & ~fresh
+        )
+        # While a patch shows its layer, owning it spares what disowning it would have cost.
+        self._regret = np.maximum(self._regret - shows, 0)
         if self.max_layers == 1:
-            self.first_waste += (fresh & self._settled_long).sum()
+            self._regret += fresh & self._settled_long
             return
         self._gain = (self._settled_lately & fresh).sum() + STALE_PRICE * (
             second & fresh & ~self._settled_lately
@@ -273,8 +287,17 @@ class BackgroundTracker:
         return self._settled & ~self._shows_first
 
     def _first_mask(self) -> np.ndarray:
-        """The patches that a first layer made anew would own."""
-        return self._settled_long | (self.layers[0].patch_mask & self._stays)
+        """The patches that a first layer made anew would own. What hides a patch now will go on hiding it for a while."""
+        return self._settled_long | (self.layers[0].patch_mask & self._stays & self._shows_first)
+
+    @property
+    def first_waste(self) -> float:
+        """What the first layer has cost that making it anew would spare from now on, in encodings.
+
+        What passed by meanwhile does not count: a new layer would treat its patches as this one does.
+        """
+        old, new = self.layers[0].patch_mask, self._first_mask()
+        return float(self._regret[(old & ~new) | (new & ~(old & self._shows_first))].sum())
 
     @property
     def due(self) -> int | None:
@@ -314,11 +337,11 @@ class BackgroundTracker:
     def adopt(self, proposal: Proposal) -> None:
         """From now on these are the background's layers."""
         if proposal.first_is_new:
-            self.first_waste = 0.0
+            self._regret[:] = 0
             self.shown[self._settled_long] = np.maximum(self.shown[self._settled_long], 0.9)
         elif len(proposal.layers) > 1:
             # What has stayed long belongs into the first layer: encoding it in the second time after time is waste.
-            self.first_waste += float((proposal.layers[1].patch_mask & self._settled_long).sum())
+            self._regret += proposal.layers[1].patch_mask & self._settled_long
         self.second_waste = 0.0
         self._was_same = self._was_same | True
         self.layers = proposal.layers
@@ -332,14 +355,14 @@ class BackgroundTracker:
                 setattr(other, name, value.copy())
         other.noise = self.noise.copy()
         other.watch = self.watch.branch()
-        other.first_waste = 0.0
+        other._regret[:] = 0
         other.adopt(proposal)
         return other
 
     def reset_waste(self, due: int) -> None:
         """Counts from zero again, where what was wasted is of no use after all (a parked object)."""
         if due == 0:
-            self.first_waste = 0.0
+            self._regret[:] = 0
         self.second_waste = 0.0
 
     def with_change(self, image: np.ndarray, patches: np.ndarray, same: np.ndarray) -> Proposal:

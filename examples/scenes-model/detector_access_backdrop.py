@@ -1,10 +1,18 @@
 """An image processor's detector: loaded, handed over, found in the model's folder, saved."""
 
+from collections.abc import Callable
+
 from .detector_choice_backdrop import Detector
+from .live_state_backdrop import LiveState
 
 
 class DetectorAccess:
     """For an image processor with `detector`, `detector_device` and a `LiveState` in `_live`."""
+
+    detector: str | None
+    detector_device: str
+    _live: LiveState
+    _with_defaults: Callable[[dict], dict]
 
     def load_detector(self, **options) -> Detector:
         """The detector that splits ordinary images, loaded now unless it is in memory.

@@ -32,16 +32,18 @@ class FrameCorrector:
 
     def _target(self, reference: Reference) -> CorrectionTarget:
         with self._lock:
-            known, target = self._targets.pop(reference.reference_id, (None, None))
+            kept = self._targets.pop(reference.reference_id, None)
             # A layer that is made anew is another picture under the same number.
-            if (
-                known is None
-                or not np.array_equal(known.pixels, reference.pixels)
-                or not np.array_equal(known.patch_mask, reference.patch_mask)
-            ):
-                known = reference
-                target = CorrectionTarget(reference.pixels, reference.patch_mask, self._patch_size)
-            self._targets[reference.reference_id] = known, target
+            if kept is None or not _same_picture(kept[0], reference):
+                kept = (
+                    reference,
+                    CorrectionTarget(reference.pixels, reference.patch_mask, self._patch_size),
+                )
+            self._targets[reference.reference_id] = kept
             while len(self._targets) > KEPT_TARGETS:
                 self._targets.popitem(last=False)
-            return target
+            return kept[1]
+
+
+def _same_picture(one: Reference, other: Reference) -> bool:
+    return np.array_equal(one.pixels, other.pixels) and np.array_equal(one.patch_mask, other.patch_mask)

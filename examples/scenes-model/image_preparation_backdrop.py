@@ -47,9 +47,10 @@ def prepared_images(
 
     def prepare(image) -> PatchGroup | tuple[np.ndarray, PicturePlacement]:
         image = upright(image)
-        if is_group(image, geometry.side):
+        rgba = rgba_array(image)
+        if rgba is not None and is_group(image, geometry.side):
             metadata = image.info.get(METADATA_KEY) if isinstance(image, Image.Image) else None
-            return read_group(rgba_array(image), geometry.side, patch_size, geometry.name, metadata)
+            return read_group(rgba, geometry.side, patch_size, geometry.name, metadata)
         lost = lost_group(image, geometry.side, patch_size)
         if lost is not None:
             raise ValueError(

@@ -10,7 +10,7 @@ PRESETS: dict[str, dict] = {
 }
 
 
-def matching_options(preset: str | float | None, tolerance: float | None, options: dict) -> dict:
+def matching_options(preset: object, tolerance: float | None, options: dict) -> dict:
     """The options of `BackgroundMatcher` that a preset, a tolerance and options on top of them make.
 
     Args:
@@ -21,7 +21,7 @@ def matching_options(preset: str | float | None, tolerance: float | None, option
     Raises:
         ValueError: no such preset, or two tolerances.
     """
-    if isinstance(preset, numbers.Real) and not isinstance(preset, bool):
+    if preset is not True and isinstance(preset, numbers.Real):
         if tolerance is not None:
             raise ValueError(f"Two tolerances are given, {preset} and {tolerance}; wanted one.")
         preset, tolerance = None, preset

@@ -106,9 +106,13 @@ def grid_side(patch_mask: np.ndarray) -> int:
 def grow_patches(patch_mask: np.ndarray, margin: int) -> np.ndarray:
     """Patches within `margin` patches of an owned one, diagonals too: `[P]` bool -> `[P]` bool."""
     grid = grid_side(patch_mask)
-    grown = np.pad(patch_mask.reshape(grid, grid), margin)
-    windows = np.lib.stride_tricks.sliding_window_view(grown, (2 * margin + 1, 2 * margin + 1))
-    return windows.any(axis=(2, 3)).reshape(-1)
+    grown = patch_mask.reshape(grid, grid).copy()
+    for across in (grown, grown.T):  # lines, then columns
+        before = across.copy()
+        for step in range(1, min(margin, grid - 1) + 1):
+            across[step:] |= before[:-step]
+            across[:-step] |= before[step:]
+    return grown.reshape(-1)
 
 
 def split_patches(

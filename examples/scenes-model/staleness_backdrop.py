@@ -62,7 +62,9 @@ def reusable_patches(
     excused = np.zeros_like(reusable) if excused is None else excused
     limit: float | np.ndarray = FINE_LUMA * tolerance
     if bounds is not None:
-        reusable &= (patch_structure(difference, patch_size, tolerance) <= bounds).all(axis=1) | excused
+        known = np.isfinite(bounds).any(axis=1)
+        if (reusable & known & ~excused).any():  # else the verdict depends on no structure
+            reusable &= (patch_structure(difference, patch_size, tolerance) <= bounds).all(axis=1) | excused
         # What the whole patch changed by is bounded by its staleness; a known bound is about what stands out of that.
         limit = np.where(np.isfinite(bounds[:, 0]), bounds[:, 0] + tolerance, limit)
     luma: np.ndarray = np.broadcast_to(limit, reusable.shape)
@@ -109,11 +111,12 @@ def patch_structure(difference: np.ndarray, patch_size: int, tolerance: float) -
     """
     p, (height, width, _) = patch_size, difference.shape
     grid = height // p
-    grey = difference[..., 0] + difference[..., 1]
-    grey += difference[..., 2]
-    # Sums along a line of pixels are a product with a matrix of ones, which is faster than any reduction over few values.
-    ones = np.repeat(np.eye(grid, dtype=np.float32), p, axis=0)  # [w, g]
-    lines = (grey.astype(np.float32) @ ones).reshape(grid, p, grid)
+    flat = difference.reshape(-1)
+    sums = flat[:-2] + flat[1:-1]  # along contiguous memory, which is faster than channel by channel
+    sums += flat[2:]
+    grey = np.ascontiguousarray(sums[::3]).reshape(height, width)
+    # Sums along a line of pixels are a product with ones, which is faster than any reduction over few values.
+    lines = (grey.reshape(-1, p).astype(np.float32) @ np.ones(p, dtype=np.float32)).reshape(grid, p, grid)
     columns = grey.reshape(grid, p, width).sum(axis=1, dtype=np.int16 if p <= 42 else np.int32)
     columns = columns.reshape(grid, grid, p).astype(np.float32)
     means = lines.sum(axis=1) / (p * p)  # [g, g], of the sum of RGB
@@ -123,10 +126,12 @@ def patch_structure(difference: np.ndarray, patch_size: int, tolerance: float) -
     offsets = np.rint(means).astype(np.int16).repeat(p, axis=1)  # [g, w]
     peak = _filtered_peaks((grey.reshape(grid, p, width) - offsets[:, None]), p)
     quarters = _quarter_sums(difference, p)  # [g, 2, g, 2, 3]
-    whole = quarters.sum(axis=(1, 3)) / np.float32(p * p)
+    whole = _folded(np.add, _folded(np.add, quarters, 3), 1) / np.float32(p * p)  # [g, g, 3]
     sizes: np.ndarray = np.diff([*_quarter_starts(p), p])
     quarters /= sizes[:, None, None, None] * sizes[:, None]
-    quarter_peak = np.abs(quarters - whole[:, None, :, None]).max(axis=(1, 3, 4))
+    quarters -= whole[:, None, :, None]
+    np.abs(quarters, out=quarters)
+    quarter_peak = _folded(np.maximum, _folded(np.maximum, _folded(np.maximum, quarters, 4), 3), 1)
     within = np.clip(means / 3, -tolerance, tolerance)
     around = np.abs(within - _median_around(within))
     return (
@@ -139,6 +144,15 @@ def _quarter_starts(patch_size: int) -> list[int]:
     return [0, patch_size // 2] if patch_size > 1 else [0]
 
 
+def _folded(ufunc: np.ufunc, values: np.ndarray, axis: int) -> np.ndarray:
+    """`ufunc.reduce` along a short axis: a call for each of its values, which is faster than a loop for each of the others."""
+    parts = np.moveaxis(values, axis, 0)
+    result = parts[0]
+    for part in parts[1:]:
+        result = ufunc(result, part)
+    return result
+
+
 def _quarter_sums(difference: np.ndarray, patch_size: int) -> np.ndarray:
     """Sums over the quarters of each patch: int16 `[h, w, C]` -> float32 `[g, 2, g, 2, C]` (one part where a patch is a pixel)."""
     height, width, channels = difference.shape
@@ -146,9 +160,12 @@ def _quarter_sums(difference: np.ndarray, patch_size: int) -> np.ndarray:
     parts, grid, half = len(corners), height // patch_size, patch_size // 2
     if 2 * half == patch_size and half <= 128:  # 128 * 255 fits int16
         strips = difference.reshape(parts * grid, half, -1).sum(axis=1, dtype=np.int16)
-    else:
-        tops = (np.arange(0, height, patch_size)[:, None] + corners).reshape(-1)
-        strips = np.add.reduceat(difference.reshape(height, -1), tops, axis=0, dtype=np.int32)
+        # A product with ones, of whole numbers below 2^24, is exact.
+        blocks = strips.reshape(-1, half * channels).astype(np.float32)
+        sums = blocks @ np.tile(np.eye(channels, dtype=np.float32), (half, 1))
+        return sums.reshape(grid, parts, grid, parts, channels)
+    tops = (np.arange(0, height, patch_size)[:, None] + corners).reshape(-1)
+    strips = np.add.reduceat(difference.reshape(height, -1), tops, axis=0, dtype=np.int32)
     lefts = (np.arange(0, width, patch_size)[:, None] + corners).reshape(-1)
     sums = np.add.reduceat(strips.reshape(-1, width, channels).astype(np.float32), lefts, axis=1)
     return sums.reshape(grid, parts, grid, parts, channels)
@@ -199,7 +216,11 @@ def _block_staleness(difference: np.ndarray, patch_size: int) -> np.ndarray:
     # Lines are summed first, along contiguous memory. `reduceat` takes any patch size, and is ten times slower.
     if 2 * half == patch_size and half <= 128:  # 128 * 255 fits int16
         strips = flat.reshape(len(tops), half, -1).sum(axis=1, dtype=np.int16)
-        sums = strips.reshape(len(tops), len(lefts), half * 3).sum(axis=-1, dtype=np.int32)
+        # A product with ones, of whole numbers below 2^24, is exact.
+        sums = strips.reshape(-1, half * 3).astype(np.float32) @ np.ones(half * 3, dtype=np.float32)
+        quarters = sums.reshape(height // patch_size, 2, width // patch_size, 2)
+        largest = _folded(np.maximum, _folded(np.maximum, quarters, 3), 1)
+        return (largest.astype(np.float64) / (3 * half * half)).reshape(-1).astype(np.float32)
     else:
         strips = np.add.reduceat(flat, tops, axis=0, dtype=np.int32)
         sums = np.add.reduceat(strips, lefts * 3, axis=1)
