@@ -121,9 +121,7 @@ def check_off(dtype_name: str, row_name: str) -> None:
     inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
     try:
         expected = answer(llava, row, copy.copy(inputs))
-    except Exception as error:
-        with pytest.raises(type(error)):
-            answer(model, row, inputs)
+    except Exception as error:  # what LLaVA cannot do, this model may do or not
         pytest.skip(f"LLaVA does not have it: {error}")
     found = answer(model, row, inputs)
     assert torch.equal(found[0], expected[0])

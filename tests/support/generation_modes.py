@@ -16,6 +16,7 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
+    LlavaForConditionalGeneration,
     LogitsProcessorList,
     StaticCache,
     StoppingCriteriaList,
@@ -132,7 +133,6 @@ ROWS = {
         options(cache_implementation="static", max_cache_len=128),
         ("option:cache_implementation", "option:max_cache_len"),
     ),
-    "prefill in pieces": Row(options(prefill_chunk_size=7), ("option:prefill_chunk_size",)),
     "repetition": Row(
         options(repetition_penalty=1.5, no_repeat_ngram_size=2, exponential_decay_length_penalty=(2, 1.1)),
         (
@@ -232,8 +232,16 @@ ROWS = {
     ),
 }
 
+# Earlier versions feed a prompt with images in pieces and give none of them its vision tokens.
+if "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters:
+    ROWS["prefill in pieces"] = Row(options(prefill_chunk_size=7), ("option:prefill_chunk_size",))
+    CHUNKS: dict[str, str] = {}
+else:
+    CHUNKS = {"option:prefill_chunk_size": "this transformers cannot feed a prompt with images in pieces"}
+
 # What transformers offers and no row can exercise here.
 WITHOUT_MEANING = {
+    **CHUNKS,
     "mode:contrastive_search": "moved to the Hub: needs a network",
     "mode:dola_generation": "moved to the Hub: needs a network",
     "mode:group_beam_search": "moved to the Hub: needs a network",
