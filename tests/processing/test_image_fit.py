@@ -140,7 +140,7 @@ def test_the_placement_is_where_the_picture_is(width, height, fit, checkpoint):
     assert not (cells.max(axis=(1, 3)) > 0)[~patches].any()
     thin = min(width, height) / max(width, height) * tiny.SIDE < 1
     assert thin or (cells.sum(axis=(1, 3)) > 0)[patches].all() or placement.padded == 0
-    assert abs(light.mean() / 765 - (1 - placement.padded)) < 0.01
+    assert abs(light.mean() / 765 - (1 - placement.padded)) < 0.02  # resampling rounds at two edges
     assert patches.any()
     left, top, right, bottom = placement.kept_box
     lost = (1 - (right - left) / width, 1 - (bottom - top) / height)

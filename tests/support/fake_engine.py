@@ -250,8 +250,9 @@ class FakeEngine(AppThread):
             self.running -= 1
 
     def _answer(self, body: dict) -> dict:
-        groups = [(part.get("uuid"), self._group(part)) for part in image_parts(body["messages"])]
-        for uuid, group in groups if self.sees_alpha else ():
+        sees_alpha = self.sees_alpha  # a test may set it while this request is read
+        groups = [(part.get("uuid"), self._group(part, sees_alpha)) for part in image_parts(body["messages"])]
+        for uuid, group in groups if sees_alpha else ():
             known = self.groups.setdefault(uuid, group)
             if not all(
                 map(np.array_equal, (known.pixels, known.patch_mask), (group.pixels, group.patch_mask))
@@ -286,8 +287,8 @@ class FakeEngine(AppThread):
             },
         }
 
-    def _group(self, part: dict) -> PatchGroup:
-        if self.sees_alpha:
+    def _group(self, part: dict, sees_alpha: bool) -> PatchGroup:
+        if sees_alpha:
             return group_of(part, self.processor)
         pixels = np.asarray(image_of(part).convert("RGB"))
         patches = (pixels.shape[0] // self.processor.image_processor.patch_size) ** 2
