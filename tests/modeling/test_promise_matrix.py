@@ -23,7 +23,7 @@ MODELS = {
     "no separators": {"separators": False},
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SECOND_BEST = {
+ROUNDING = {"bf16": 0.25, "fp16": 0.05}  # of logits, between passes of other shapes
     "fp32": 0.0,
     "bf16": 0.25,
     "fp16": 0.05,
@@ -64,13 +64,12 @@ def answer(model, row, inputs):
 
 
 def same_tokens(found, expected, dtype: str) -> bool:
-    """Equal tokens, or, in half precision, different ones from a step on in which the two best were within rounding."""
+    """Equal tokens; in half precision they may part where the logits that they were chosen by are equal up to rounding."""
     if torch.equal(found[0], expected[0]):
         return True
     if dtype == "fp32" or expected[1] is None:
         return False
-    best = expected[1].float().topk(2, -1).values
-    return bool((best[..., 0] - best[..., 1] < SECOND_BEST[dtype]).any())
+    return torch.allclose(found[1][0].float(), expected[1][0].float(), atol=ROUNDING[dtype], rtol=0)
 
 
 def states(model, row, inputs, folder):
@@ -97,6 +96,10 @@ def states(model, row, inputs, folder):
 def check_cell(model_name: str, dtype_name: str, row_name: str, folder) -> None:
     model, row = build(model_name, DTYPES[dtype_name]), ROWS[row_name]
     inputs = inputs_for(model, row)
+    if model.config.num_prefusion_layers and row_name == "rounding cache":
+        with pytest.raises(ValueError, match="cannot grow"):  # refused by name, cache or not
+            answer(model, row, inputs)
+        return
     off = answer(model, row, inputs)
     found = dict(states(model, row, inputs, folder))
     for state, value in found.items():
