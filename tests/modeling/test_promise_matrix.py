@@ -24,10 +24,6 @@ MODELS = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDING = {"bf16": 0.25, "fp16": 0.05}  # of logits, between passes of other shapes
-    "fp32": 0.0,
-    "bf16": 0.25,
-    "fp16": 0.05,
-}  # logits that rounding may exchange, see `same_tokens`
 
 
 @pytest.fixture(autouse=True)
