@@ -5,51 +5,16 @@ clients send is written beside them: further system messages, tools, calls and t
 engines can parse back into calls), a speaker's name, reasoning. What cannot be shown is an error.
 """
 
+from .template_parts import content_macros, jinja_text, one_line
+
 # Prompt of the Vicuna models that LLaVA-1.5 is built on (vicuna_v1 in LLaVA's conversation.py).
 VICUNA_SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions."
 )
 
-# Jinja, its lines put together without their indentation. The loops over `message['content']` are how engines find out
-# that the template takes lists of parts, so the macros' parameter is called as the message of the main loop is.
 _TEMPLATE = r"""
-{%- macro kind_of(part) -%}
-    {%- if part is string or part['type'] == 'text' -%}text
-    {%- elif part['type'] in ('image', 'image_url') -%}image
-    {%- else -%}{{ raise_exception('a part has the type ' + part['type'] | string + '; wanted text or image') }}
-    {%- endif -%}
-{%- endmacro -%}
-{%- macro text_of(part) -%}{{ part if part is string else part['text'] }}{%- endmacro -%}
-
-{#- Images stand before the text where all text is on one side of them, and stay in their place where it is not. -#}
-{%- macro content_of(message) -%}
-    {%- if message['content'] is string -%}{{ message['content'] }}
-    {%- elif message['content'] is mapping or (message['content'] and message['content'] is not iterable) -%}
-        {{ raise_exception('the content of a message is neither text nor a list of parts') }}
-    {%- elif message['content'] -%}
-        {%- set seen = namespace(images=0, before=false, after=false, between=false, last='') -%}
-        {%- for part in message['content'] -%}
-            {%- if kind_of(part) == 'image' -%}
-                {%- set seen.between = seen.between or seen.after -%}
-                {%- set seen.images = seen.images + 1 -%}
-            {%- elif text_of(part) and seen.images -%}{%- set seen.after = true -%}
-            {%- elif text_of(part) -%}{%- set seen.before = true -%}
-            {%- endif -%}
-        {%- endfor -%}
-        {%- set first = IMAGES_FIRST and not seen.between and not (seen.before and seen.after) -%}
-        {%- if first and seen.images -%}{{ '<image>' * seen.images + '\n' }}{%- endif -%}
-        {%- for part in message['content'] -%}
-            {%- set kind = kind_of(part) -%}
-            {%- if (kind == 'image' and not first) or (kind == 'text' and text_of(part)) -%}
-                {%- if seen.last and not kind == seen.last == 'image' -%}{{ '\n' }}{%- endif -%}
-                {{ '<image>' if kind == 'image' else text_of(part) }}
-                {%- set seen.last = kind -%}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
-
+CONTENT_MACROS
 {%- macro calls_of(message) -%}
     {%- for call in message['tool_calls'] -%}
         {%- set function = call['function'] or call -%}
@@ -126,16 +91,11 @@ def chat_template(system_prompt: str = VICUNA_SYSTEM_PROMPT, images_first: bool 
     - Another role, another type of part and content that is neither text nor parts raise `jinja2.TemplateError`.
     """
     values = {
-        "IMAGES_FIRST": "true" if images_first else "false",
-        "DEFAULT_SYSTEM": _literal(system_prompt),
-        "TOOLS_INTRODUCTION": _literal(_TOOLS_INTRODUCTION),
+        "CONTENT_MACROS": content_macros("true" if images_first else "false"),
+        "DEFAULT_SYSTEM": jinja_text(system_prompt),
+        "TOOLS_INTRODUCTION": jinja_text(_TOOLS_INTRODUCTION),
     }
-    template = "".join(line.strip() for line in _TEMPLATE.splitlines())
+    template = one_line(_TEMPLATE)
     for name, value in values.items():
         template = template.replace(name, value)
     return template
-
-
-def _literal(text: str) -> str:
-    """A text as a string of Jinja's."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"

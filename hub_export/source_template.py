@@ -17,53 +17,21 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .template_parts import content_macros, jinja_text, one_line
+
 # Around an answer while the source's template runs: noncharacters, which Unicode keeps for a program's internal use.
 START, END = "\ufdd0", "\ufdd1"
 _KEPT = "{#- Backdrop: the template of the model's authors, with images and marks -#}"
 _FIRST, _IN_PLACE = "{%- set images_first = true -%}", "{%- set images_first = false -%}"
 
-# Loops over `message['content']` tell engines that the template takes lists of parts.
 _PRELUDE = r"""
-{%- macro kind_of(part) -%}
-    {%- if part is string or part['type'] == 'text' -%}text
-    {%- elif part['type'] in ('image', 'image_url') -%}image
-    {%- else -%}{{ raise_exception('a part has the type ' + part['type'] | string + '; wanted text or image') }}
-    {%- endif -%}
-{%- endmacro -%}
-{%- macro text_of(part) -%}{{ part if part is string else part['text'] }}{%- endmacro -%}
-
-{%- macro content_of(message, images_first) -%}
-    {%- if message['content'] is string -%}{{ message['content'] }}
-    {%- elif message['content'] -%}
-        {%- set seen = namespace(images=0, before=false, after=false, between=false, last='') -%}
-        {%- for part in message['content'] -%}
-            {%- if kind_of(part) == 'image' -%}
-                {%- set seen.between = seen.between or seen.after -%}
-                {%- set seen.images = seen.images + 1 -%}
-            {%- elif text_of(part) and seen.images -%}{%- set seen.after = true -%}
-            {%- elif text_of(part) -%}{%- set seen.before = true -%}
-            {%- endif -%}
-        {%- endfor -%}
-        {%- set first = images_first and not seen.between and not (seen.before and seen.after) -%}
-        {%- if first and seen.images -%}{{ '<image>' * seen.images + '\n' }}{%- endif -%}
-        {%- for part in message['content'] -%}
-            {%- set kind = kind_of(part) -%}
-            {%- if (kind == 'image' and not first) or (kind == 'text' and text_of(part)) -%}
-                {%- if seen.last and not kind == seen.last == 'image' -%}{{ '\n' }}{%- endif -%}
-                {{ '<image>' if kind == 'image' else text_of(part) }}
-                {%- set seen.last = kind -%}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
-
 {%- set backdrop = namespace(messages=[]) -%}
 {%- if SYSTEM and not (messages and messages[0]['role'] in ('system', 'developer')) -%}
     {%- set backdrop.messages = [{'role': 'system', 'content': AS_CONTENT(SYSTEM)}] -%}
 {%- endif -%}
 {%- for message in messages -%}
     {%- if message['content'] -%}
-        {%- set text = content_of(message, images_first) -%}
+        {%- set text = content_of(message) -%}
         {%- if message['role'] == 'assistant' -%}{%- set text = AS_ANSWER -%}{%- endif -%}
         {%- set backdrop.messages = backdrop.messages + [dict(message, content=AS_CONTENT(text))] -%}
     {%- else -%}{%- set backdrop.messages = backdrop.messages + [message] -%}
@@ -251,24 +219,18 @@ def _assembled(
     trims: bool = False,
 ) -> str:
     answer = "text | trim" if trims else "text"
-    prelude = "".join(line.strip() for line in _PRELUDE.splitlines())
-    prelude = prelude.replace(
-        "AS_ANSWER", answer if end is None else f"{_literal(START)} + ({answer}) + {_literal(END)}"
+    prelude = one_line(_PRELUDE).replace(
+        "AS_ANSWER", answer if end is None else f"{jinja_text(START)} + ({answer}) + {jinja_text(END)}"
     )
     for text in ("SYSTEM", "text"):
         shape = f"[{{'type': 'text', 'text': {text}}}]" if parts else text
         prelude = prelude.replace(f"AS_CONTENT({text})", shape)
-    prelude = prelude.replace("SYSTEM", _literal(system_prompt or ""))
-    head = _KEPT + _FIRST + prelude + ("{{- bos_token }}" if bos else "")
+    prelude = prelude.replace("SYSTEM", jinja_text(system_prompt or ""))
+    head = _KEPT + _FIRST + content_macros("images_first") + prelude + ("{{- bos_token }}" if bos else "")
     if end is None:  # the empty expression keeps Jinja from stripping the source's first line break
         return head + "{{- '' }}" + source
-    output = "".join(line.strip() for line in _MARKED_OUTPUT.splitlines())
+    output = one_line(_MARKED_OUTPUT)
     for name, value in {"START": START, "END": END}.items():
-        output = output.replace(f"({name}", f"({_literal(value)}")
-    output = output.replace("TURN_END", _literal(end))
+        output = output.replace(f"({name}", f"({jinja_text(value)}")
+    output = output.replace("TURN_END", jinja_text(end))
     return head + "{%- set rendered %}{{ '' }}" + source + "{{ '' }}{% endset -%}" + output
-
-
-def _literal(text: str) -> str:
-    """A text as a string of Jinja's."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
