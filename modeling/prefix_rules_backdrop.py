@@ -6,6 +6,7 @@ what was written. `may_load_prefix` is the one place that decides, and every ref
 """
 
 import copy
+import sys
 
 import torch
 from torch import nn
@@ -17,6 +18,8 @@ from .prompt_layout_backdrop import PromptBatch
 
 logger = logging.get_logger(__name__)
 
+# Adapters that mix their experts by the mean over all tokens of a pass, so that no position stands for itself: peft's Lily.
+MIXING_ADAPTERS = ("peft.tuners.lily",)
 # Rotary types of transformers whose frequencies are fixed once and for all. Any other is tried out.
 FIXED_ROTARY_TYPES = {"default", "linear", "yarn", "llama3", "proportional"}
 
@@ -83,6 +86,10 @@ def _prompt_refusal(model, prompt: PromptBatch) -> str | None:
     attentions = (part for layer in model.language_model.layers for part in layer.children())
     if not all(getattr(part, "is_causal", True) for part in attentions):
         return "the language model attends to later positions (is_causal is False)"
+    if "peft" in sys.modules and any(
+        type(part).__module__.startswith(MIXING_ADAPTERS) for part in model.language_model.modules()
+    ):
+        return "an adapter's weights depend on all tokens of a pass"
     last = prompt.input_ids.shape[1] - 1 if position_ids is None else int(position_ids.max())
     rotary = getattr(model.language_model, "rotary_emb", None)
     if rotary is not None and _depends_on_length(rotary, last):
