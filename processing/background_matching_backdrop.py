@@ -193,7 +193,7 @@ class BackgroundMatcher(BackgroundFinder):
         shown = put_patches(frame, reference.pixels, reference.patch_mask, self.patch_size)
         if not keep:
             self._store.remove(old_id)
-            del self._trackers[old_id]
+            self._trackers.pop(old_id, None)  # other references may have pushed it out while a detector looked
             tracker.adopt(proposal)
         stored = self._store.add(self.namespace, shown, proposal.layers, noise)
         if stored is not None:

@@ -14,7 +14,7 @@ from same_layers import same_layer
 from textures import flat, texture
 
 from backdrop.processing import reference_descriptors_backdrop
-from backdrop.processing.background_matching_backdrop import BackgroundMatcher
+from backdrop.processing.background_matching_backdrop import TRACKED_REFERENCES, BackgroundMatcher
 from backdrop.processing.image_processing_backdrop import BackdropImageProcessor
 from backdrop.processing.patch_groups_backdrop import BACKGROUND, covered_patches, patch_blocks
 from backdrop.scenes.world import render_scene
@@ -333,3 +333,25 @@ def test_a_figure_of_three_times_the_noise_is_fresh_day_and_night(level):
         covered[row : row + height, column : column + width] = True
         match = matcher.find(frame(np.clip(picture, 0, 255)))
         assert match is None or match.fresh[covered_patches(covered, 14)].all()
+
+
+def test_a_tracker_may_go_while_the_detector_looks():
+    """The lock is free then, and other cameras' references push the tracker out."""
+    still, owned = texture(168, 0), np.ones(144, dtype=bool)
+    owned[:72] = False
+    others = [texture(168, seed) for seed in range(1, TRACKED_REFERENCES + 2)]
+    matcher, looks = BackgroundMatcher(14, 0), []
+
+    def find_objects():
+        looks.append(1)
+        for other in others:
+            matcher.miss(other, np.ones(144, dtype=bool))
+        return np.zeros(144, dtype=bool)
+
+    matcher.miss(still, owned)
+    for _ in range(12):
+        match = matcher.accept(still, matcher.find(still), find_objects=find_objects)
+        if looks:
+            break
+    assert looks and match is not None
+    assert matcher.match(still).encoded.sum() == 0, "the layers that were made are kept"
