@@ -12,6 +12,8 @@ import torch
 from safetensors import safe_open
 from transformers.utils import cached_file, logging
 
+from backdrop.modeling.strict_loading_backdrop import counted_names
+
 # Buffers that older versions of transformers saved, and newer ones compute.
 COMPUTED = re.compile(r"(position_ids|rotary_emb\.inv_freq|\.masked_bias)$")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -121,8 +123,7 @@ def check_names(what: str, missing: Iterable[str], left_over: Iterable[str]) -> 
     for title, names in (("missing", missing), ("left over", left_over)):
         names = sorted(name for name in names if not COMPUTED.search(name))
         if names:
-            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-            problems.append(f"{len(names)} {title} ({shown})")
+            problems.append(counted_names(title, names))
     if problems:
         raise ValueError(
             f"The weights of {what} do not fit: {'; '.join(problems)}. No weight is ever left at random silently."

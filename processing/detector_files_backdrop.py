@@ -154,3 +154,9 @@ def _write_atomically(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def unfit_tensors(wanted: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> list[str]:
+    """Names of tensors that a network wants and the weights lack, that are left over, or that have another shape."""
+    shapes = [name for name in wanted if name in weights and wanted[name].shape != weights[name].shape]
+    return sorted(wanted.keys() ^ weights.keys()) + shapes

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from .detections_backdrop import Detections
-from .detector_files_backdrop import DETECTOR_LICENSE
+from .detector_files_backdrop import DETECTOR_LICENSE, unfit_tensors
 
 _MISSING = (
     "An RGB image must be split by a detector, but ultralytics is not installed. "
@@ -235,9 +235,7 @@ def build_network(
     network = libs.networks[description["task"]](
         copy.deepcopy(description["architecture"]), ch=3, verbose=False
     )
-    wanted = network.state_dict()
-    wrong = sorted(wanted.keys() ^ weights.keys())
-    wrong += [name for name in wanted if name in weights and wanted[name].shape != weights[name].shape]
+    wrong = unfit_tensors(network.state_dict(), weights)
     if wrong:
         raise ValueError(
             f"detector {source}: {len(wrong)} of its tensors do not fit its architecture, "

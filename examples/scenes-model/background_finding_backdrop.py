@@ -190,15 +190,27 @@ class BackgroundFinder(MatchingScope):
         estimate: Correction | None = None,
     ) -> Match | None:
         """The match with a reference, None where it reuses too little."""
+        fresh, staleness = self._fresh(reference, frame, bounds, excused, estimate)
+        if 1 - fresh.mean() < self.min_reuse:
+            return None
+        return Match(reference, frame, fresh, staleness, encoded=fresh, estimate=estimate)
+
+    def _fresh(
+        self,
+        reference: Reference,
+        frame: np.ndarray,
+        bounds: np.ndarray | None,
+        excused: np.ndarray | None,
+        estimate: Correction | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The patches of a frame that a reference may not stand for, bool `[P]`, and the staleness of all, float32 `[P]`."""
         same, staleness = reusable_patches(
             reference.pixels, frame, self.patch_size, self.tolerance, bounds, excused
         )
         fresh = ~(reference.patch_mask & same)
         if estimate is not None:
             fresh |= estimate.outside
-        if 1 - fresh.mean() < self.min_reuse:
-            return None
-        return Match(reference, frame, fresh, staleness, encoded=fresh, estimate=estimate)
+        return fresh, staleness
 
     def _learn_from_failure(
         self, reference: Reference, tracker: BackgroundTracker | None, noise: PatchNoise, frame: np.ndarray

@@ -23,7 +23,6 @@ from .matches_backdrop import Match, MatchReport
 from .patch_groups_backdrop import grow_patches
 from .reference_pictures_backdrop import reference_picture
 from .reference_store_backdrop import KnownBackground, Reference
-from .staleness_backdrop import reusable_patches
 
 logger = logging.get_logger(__name__)
 
@@ -193,7 +192,9 @@ class BackgroundMatcher(BackgroundFinder):
         shown = put_patches(frame, reference.pixels, reference.patch_mask, self.patch_size)
         if not keep:
             self._store.remove(old_id)
-            del self._trackers[old_id]
+            self._trackers.pop(
+                old_id, None
+            )  # other references may have pushed it out while a detector looked
             tracker.adopt(proposal)
         stored = self._store.add(self.namespace, shown, proposal.layers, noise)
         if stored is not None:
@@ -201,12 +202,7 @@ class BackgroundMatcher(BackgroundFinder):
             self._keep_tracker(stored.reference_id, tracker.branch(proposal) if keep else tracker)
             logger.info("background %d: made %d of it", old_id, stored.reference_id)
         bounds = tracker.noise.bounds() if self._noise_counts else None
-        same, staleness = reusable_patches(
-            reference.pixels, frame, self.patch_size, self.tolerance, bounds, ~match.fresh
-        )
-        fresh = ~(same & reference.patch_mask)
-        if match.estimate is not None:
-            fresh |= match.estimate.outside
+        fresh, staleness = self._fresh(reference, frame, bounds, ~match.fresh, match.estimate)
         return self._renewed(replace(match, reference=reference, fresh=fresh, staleness=staleness), proposal)
 
     def _finish(

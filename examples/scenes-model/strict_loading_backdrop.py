@@ -1,5 +1,13 @@
 """Strict loading: a checkpoint that does not fit the configuration is an error, never a random weight."""
 
+SHOWN_NAMES = 8
+
+
+def counted_names(title: str, names: list[str]) -> str:
+    """How many weights have a fault, and the first of their names: `3 missing (a, b, c)`."""
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return f"{len(names)} {title} ({', '.join(names[:SHOWN_NAMES])}{more})"
+
 
 class StrictLoadingMixin:
     """`from_pretrained` and `save_pretrained` for a `PreTrainedModel`, which stands behind this class in the bases.
@@ -30,8 +38,7 @@ class StrictLoadingMixin:
             if title == "unexpected_keys" and cls.head_prefix:
                 names = [name for name in names if not name.startswith(cls.head_prefix)]
             if names:
-                shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-                problems.append(f"{len(names)} {title.replace('_', ' ')} ({shown})")
+                problems.append(counted_names(title.replace("_", " "), names))
         if problems:
             raise ValueError(
                 f"The checkpoint {pretrained_model_name_or_path!r} does not fit {cls.__name__}: {'; '.join(problems)}. "

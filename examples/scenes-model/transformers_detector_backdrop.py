@@ -22,7 +22,14 @@ from transformers import (
 )
 
 from .detections_backdrop import Detections
-from .detector_files_backdrop import TRANSFORMERS, WEIGHTS_NAME, lossless_half, read_detector, write_detector
+from .detector_files_backdrop import (
+    TRANSFORMERS,
+    WEIGHTS_NAME,
+    lossless_half,
+    read_detector,
+    unfit_tensors,
+    write_detector,
+)
 
 # What a configuration says of the machine and the versions that wrote it, and nothing of the network.
 _NOT_SAVED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "auto_map")
@@ -72,9 +79,7 @@ class TransformersDetector:
         config = _config(description)
         with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced at once
             model = AutoModelForObjectDetection.from_config(config, dtype=torch.float32)
-        wanted = model.state_dict()
-        wrong = sorted(wanted.keys() ^ weights.keys())
-        wrong += [name for name in wanted if name in weights and wanted[name].shape != weights[name].shape]
+        wrong = unfit_tensors(model.state_dict(), weights)
         if wrong:
             raise ValueError(
                 f"detector {source}: {len(wrong)} of its tensors do not fit its configuration, the first is {wrong[0]!r}; "
